@@ -1,0 +1,15 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace esper::cpu {
+
+// Books `lost` non-finite elements on a seed.
+inline void record_lost(int64_t lost, const torch::stable::Tensor& non_finite,
+                        const torch::stable::Tensor& fault) {
+  if (lost == 0) return;
+  *static_cast<float*>(non_finite.mutable_data_ptr()) += static_cast<float>(lost);
+  *static_cast<uint8_t*>(fault.mutable_data_ptr()) = 1;
+}
+
+}  // namespace esper::cpu

@@ -1,0 +1,93 @@
+// Arithmetic that all CPU kernels share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+
+namespace esper::cpu {
+
+// In which float16 and bfloat16 are computed too.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+bool is_finite(T value) {
+  return std::abs(static_cast<Compute<T>>(value)) <= std::numeric_limits<Compute<T>>::max();
+}
+
+// Calls body(T{}) with the C++ type of a floating-point dtype.
+template <typename Body>
+void dispatch_floating(torch::headeronly::ScalarType dtype, Body&& body) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "dtype must be floating-point, got ", toString(dtype));
+  }
+}
+
+// Independent accumulators, so that a sum vectorises although its order is fixed.
+template <typename T>
+struct Lanes {
+  static constexpr int64_t kCount = 8;
+  std::array<T, kCount> values{};
+
+  T total() const { return std::accumulate(values.begin(), values.end(), T{}); }
+};
+
+// Calls body(i, lane) for i in [0, n).
+template <typename Body>
+void for_each_in_lanes(int64_t n, Body&& body) {
+  constexpr int64_t kLanes = Lanes<double>::kCount;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) body(i + lane, lane);
+  }
+  for (; i < n; ++i) body(i, i % kLanes);
+}
+
+// Rows in blocks whose borders depend on the shape alone: sums taken block by block come out the
+// same for any number of threads.
+struct RowBlocks {
+  int64_t rows;
+  int64_t rows_per_block;
+  int64_t count;
+
+  RowBlocks(int64_t rows, int64_t row_size)
+      : rows(rows),
+        rows_per_block(std::max<int64_t>(1, kElementsPerBlock / std::max<int64_t>(1, row_size))),
+        count((rows + rows_per_block - 1) / rows_per_block) {}
+
+  // Calls body(block, row) in parallel over the blocks, and in order within each.
+  template <typename Body>
+  void for_each_row(Body&& body) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t last = std::min(rows, (block + 1) * rows_per_block);
+        for (int64_t row = block * rows_per_block; row < last; ++row) body(block, row);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kElementsPerBlock = 32768;
+};
+
+}  // namespace esper::cpu

@@ -1,0 +1,18 @@
+// Schemas of all ops. The argument (a!) is changed in place; nothing ever waits for the device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(esper, m) {
+  m.def("tick(Tensor(a!) arena, int num_seeds, int max_errors) -> ()");
+  m.def(
+      "observe(Tensor y, int channel_dim, Tensor(a!) health, int first_seed, int num_seeds) -> ()");
+  m.def(
+      "observe_grad(Tensor grad, int channel_dim, Tensor(a!) health, int first_seed, "
+      "int num_seeds) -> ()");
+  m.def(
+      "blend(Tensor y, Tensor out, Tensor alpha, int channel_dim, int start, "
+      "Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor");
+  m.def(
+      "blend_backward(Tensor grad, Tensor y, Tensor out, Tensor alpha, int channel_dim, "
+      "int start) -> (Tensor grad_y, Tensor grad_out, Tensor grad_alpha)");
+  m.def("guard_grads(Tensor[] grads, Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor[]");
+}

@@ -1,0 +1,54 @@
+"""Settings of every subsystem, as frozen pydantic models with the defaults written out once."""
+
+from pydantic import Field
+
+from esper.contracts import Contract
+
+
+class SeedSettings(Contract):
+    """What ``esper.wrap`` decides for a model."""
+
+    seeds_per_layer: int = Field(default=4, ge=1)
+    telemetry_enabled: bool = True
+    observe_every: int = Field(default=64, ge=1)  # steps between two observed ones
+    max_errors: int = Field(default=3, ge=1)  # steps with a fault before a seed is quarantined
+    embargo_steps: int = Field(default=200, ge=0)  # CULLED lasts that long before DORMANT
+    cache_capacity_bytes: int = Field(default=256 * 2**20, ge=0)
+    deterministic: bool = False  # steps wait for kernels that are being loaded
+
+
+class ForgeSettings(Contract):
+    """Limits of Tezzeret: what a blueprint may cost, and what compiling it may cost."""
+
+    max_parameters: int = Field(default=10_000_000, ge=0)
+    max_flops_per_sample: int = Field(default=1_000_000_000, ge=0)
+    timeout_s: float = Field(default=120.0, gt=0)
+    niceness: int = Field(default=10, ge=0, le=19)
+    memory_limit_bytes: int = Field(default=8 * 2**30, gt=0)
+
+
+class EvaluatorSettings(Contract):
+    """Limits and thresholds of Urabrask."""
+
+    timeout_s: float = Field(default=60.0, gt=0)  # for which one candidate is waited for
+    cpu_time_s: int = Field(default=30, gt=0)
+    memory_limit_bytes: int = Field(default=8 * 2**30, gt=0)
+    log_limit_bytes: int = Field(default=2**16, ge=0)  # that a candidate may print
+    answer_limit_bytes: int = Field(default=2**28, gt=0)  # of results, at a time
+    niceness: int = Field(default=10, ge=0, le=19)
+    batch_sizes: tuple[int, ...] = Field(default=(1, 7, 32), min_length=1)
+    timed_batch_size: int = 32
+    timed_rounds: int = Field(default=30, ge=5)
+    seed: int = 0
+
+
+class TamiyoSettings(Contract):
+    """When Tamiyo acts."""
+
+    window_epochs: int = Field(default=4, ge=2)  # over which the slope of the loss is fitted
+    min_relative_improvement: float = 0.02  # less than this per window is a plateau
+    warmup_epochs: int = Field(default=4, ge=0)
+    cooldown_epochs: int = Field(default=2, ge=0)  # after an adaptation ended
+    max_adaptations: int = Field(default=8, ge=0)
+    max_parameters: int | None = Field(default=None, ge=0)  # all kernels of the model together
+    required_standard_errors: float = 1.0  # contribution must exceed that many to be kept

@@ -1,0 +1,471 @@
+"""Everything that travels or is stored: enums, messages and assets, as frozen pydantic models.
+
+No torch here: the same contracts are read by the trainer, by the worker processes and by tools
+that have no torch at all. Ids are lowercase hexadecimal SHA-256 digests of canonical JSON
+(RFC 8785), so equal things have equal ids on every machine.
+"""
+
+import hashlib
+import math
+import time
+import uuid
+from enum import IntEnum, StrEnum
+from typing import Annotated, Any, ClassVar
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SeedId = tuple[str, int]  # (layer FQN, seed index within the layer)
+HyperParameter = bool | int | float | str
+
+
+class SeedState(IntEnum):
+    """Lifecycle state of a seed; the numbers are shared with ``csrc/seed_layout.h``.
+
+    Each comment says what is allocated, and whose parameters the optimizer moves.
+    """
+
+    DORMANT = 0  # nothing
+    GERMINATED = 1  # nothing; the seed is taken
+    LOADING = 2  # a kernel is being prepared in the background
+    TRAINING = 3  # kernel; the seed learns, host bit-exact
+    GRAFTING = 4  # kernel; seed and host learn, alpha ramps
+    STABILIZATION = 5  # kernel; the host learns, alpha fixed
+    EVALUATING = 6  # kernel; the seed is frozen while its contribution is measured
+    FINE_TUNING = 7  # kernel; seed and host learn, alpha 1
+    FOSSILIZED = 8  # kernel, for good; the seed is frozen
+    CULLED = 9  # nothing; embargoed
+    CANCELLED = 10  # nothing
+    ROLLED_BACK = 11  # nothing; locked
+
+
+class BlueprintStatus(StrEnum):
+    UNVALIDATED = "UNVALIDATED"
+    COMPILING = "COMPILING"
+    COMPILED = "COMPILED"
+    INVALID = "INVALID"
+
+
+class KernelStatus(StrEnum):
+    PENDING_BENCHMARKING = "PENDING_BENCHMARKING"
+    VALIDATED = "VALIDATED"
+    REJECTED = "REJECTED"
+
+
+class Pipeline(StrEnum):
+    FAST = "FAST"
+    STANDARD = "STANDARD"
+    AGGRESSIVE = "AGGRESSIVE"
+
+
+class RampCurve(IntEnum):
+    """Shape of an alpha ramp; the numbers are shared with ``csrc/seed_layout.h``."""
+
+    LINEAR = 0
+    COSINE = 1
+    SIGMOID = 2
+
+
+class CommandKind(StrEnum):
+    GERMINATE = "GERMINATE"
+    KEEP = "KEEP"
+    CULL = "CULL"
+
+
+class Outcome(StrEnum):
+    FOSSILIZED = "FOSSILIZED"
+    CULLED = "CULLED"
+    FAILED = "FAILED"
+
+
+class Confidence(StrEnum):
+    HIGH = "High"
+    MODERATE = "Moderate"
+    SPECULATIVE = "Speculative"
+
+
+class Topic(StrEnum):
+    SEED_HEALTH = "telemetry.seed.health"
+    KASMINA_COMMANDS = "control.kasmina.commands"
+    FIELD_REPORTS = "innovation.field_reports"
+    BLUEPRINT_SUBMITTED = "compilation.blueprint.submitted"
+    KERNEL_READY = "compilation.kernel.ready"
+    KERNEL_CHARACTERIZED = "validation.kernel.characterized"
+    EPOCH = "system.events.epoch"
+    LIFECYCLE = "system.events.lifecycle"
+
+
+class Contract(BaseModel):
+    """Base of all contracts: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def canonical(self) -> bytes:
+        """Return the RFC 8785 canonical JSON of this contract."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of :meth:`canonical`."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise ``value`` as RFC 8785 canonical JSON, the form that is hashed and signed.
+
+    JSON has no NaN and no infinities, yet a diverged loss must be told: they travel as strings,
+    which pydantic reads back as numbers.
+    """
+    return rfc8785.dumps(_without_non_finite(value))
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------ sites, blueprints, kernels
+
+
+class SiteSignature(Contract):
+    """What a kernel must fit: the shapes at one seed of one host layer, without dtype or device.
+
+    ``inp_shape`` and ``act_shape`` hold ``None`` where any size is allowed (batch, height, ...).
+    ``act_shape`` is the shape of the seed's chunk of the layer's output, ``channel_dim`` the
+    dimension of ``act`` that was divided among the seeds (non-negative). The convolution fields
+    are empty for other hosts.
+    """
+
+    host: str
+    inp_shape: tuple[int | None, ...]
+    act_shape: tuple[int | None, ...]
+    channel_dim: int = Field(ge=0)
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def act_channels(self) -> int:
+        channels = self.act_shape[self.channel_dim]
+        assert channels is not None
+        return channels
+
+    @property
+    def inp_channels(self) -> int:
+        """Size of the input's feature dimension: the last one, or 1 for convolution-like hosts."""
+        dim = 1 if len(self.inp_shape) > 3 or self.kernel_size else len(self.inp_shape) - 1
+        channels = self.inp_shape[dim]
+        assert channels is not None
+        return channels
+
+    @model_validator(mode="after")
+    def _channel_dim_has_a_size(self) -> "SiteSignature":
+        if self.channel_dim >= len(self.act_shape) or not self.act_shape[self.channel_dim]:
+            raise ValueError(
+                f"act_shape {self.act_shape} has no fixed, non-zero size at channel_dim {self.channel_dim}"
+            )
+        return self
+
+
+class Design(Contract):
+    """A builder and its hyper-parameters, before it has met a site.
+
+    ``builder`` is an import path ``"package.module:Class"``; calling it with the site's signature
+    and the hyper-parameters gives an ``nn.Module`` with ``forward(inp, act) -> out``.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    builder: str = Field(pattern=r"^[A-Za-z0-9_.]+:[A-Za-z0-9_.]+$")
+    hparams: dict[str, HyperParameter] = {}
+
+
+class Blueprint(Contract):
+    """A design traced for one site. ``blueprint_id`` is the digest of everything else."""
+
+    design: Design
+    site: SiteSignature
+    dtype: str
+    graph_digest: Sha256  # of the canonical graph.json
+    num_parameters: int = Field(ge=0)
+    flops_per_sample: int = Field(ge=0)  # forward, multiply and add counted as two
+    parents: tuple[Sha256, ...] = ()
+
+    @property
+    def blueprint_id(self) -> str:
+        return self.digest()
+
+
+class KernelManifest(Contract):
+    """Names every byte of an artifact; ``artifact_id`` is its digest."""
+
+    format_version: int = 1
+    blueprint_id: Sha256
+    design: Design
+    pipeline: Pipeline
+    site: SiteSignature
+    dtype: str  # "float32", ...
+    device: str  # "cpu" or "cuda"
+    torch_version: str  # "2.13": a kernel runs under the release it was validated with
+    num_parameters: int = Field(ge=0)
+    flops_per_sample: int = Field(ge=0)
+    files: dict[str, Sha256]  # file name -> digest of its bytes
+
+    @property
+    def artifact_id(self) -> str:
+        return self.digest()
+
+
+class KernelStatement(Contract):
+    """What the evaluator signs: this verdict on these bytes, for the reasons in that report."""
+
+    artifact_id: Sha256
+    status: KernelStatus
+    report_digest: Sha256
+
+
+class KernelRecord(Contract):
+    """An artifact as the library knows it."""
+
+    artifact_id: Sha256
+    manifest: KernelManifest
+    status: KernelStatus
+    tags: tuple[str, ...] = ()
+    latency_us: float | None = None  # p50 of the forward pass, as measured by the evaluator
+    memory_bytes: int | None = None
+    risk_score: float | None = None
+    statement: KernelStatement | None = None
+    signature: str | None = None  # hexadecimal Ed25519 signature over statement.canonical()
+
+
+class KernelBundle(Contract):
+    """All that a loader needs, fetched in one piece: the record and the very bytes to load."""
+
+    record: KernelRecord
+    files: dict[str, bytes]
+
+
+class KernelQuery(Contract):
+    """Asks the library for VALIDATED kernels that fit; answered by a ranked list."""
+
+    site: SiteSignature
+    dtype: str
+    device: str
+    required_tags: frozenset[str] = frozenset()
+    preferred_tags: frozenset[str] = frozenset()
+    excluded_tags: frozenset[str] = frozenset()
+    max_latency_us: float | None = Field(default=None, gt=0)
+    max_memory_bytes: int | None = Field(default=None, gt=0)
+    max_parameters: int | None = Field(default=None, ge=0)
+    limit: int = Field(default=16, gt=0, le=1000)
+
+
+class Check(Contract):
+    """One question that the evaluator asked, and its answer."""
+
+    name: str
+    passed: bool
+    reason: str
+    numbers: dict[str, float] = {}
+
+
+class Measurement(Contract):
+    """Latencies of one kernel at one batch size, in microseconds, and its peak memory."""
+
+    batch_size: int
+    forward_p50_us: float
+    forward_p99_us: float
+    forward_backward_p50_us: float
+    eager_forward_p50_us: float  # the same blueprint as plain eager PyTorch, interleaved
+    memory_bytes: int  # largest amount allocated at once during forward and backward
+
+
+class UrabraskValidationReport(Contract):
+    """Verdict on one artifact, with every check that led to it."""
+
+    artifact_id: Sha256
+    status: KernelStatus
+    checks: tuple[Check, ...]
+    measurement: Measurement | None = None
+    max_relative_error: float | None = None  # against float64, forward and gradients
+    tags: tuple[str, ...] = ()
+    risk_score: float = Field(default=1.0, ge=0, le=1)
+    confidence: Confidence = Confidence.SPECULATIVE
+    machine: str
+    torch_version: str
+
+
+# ------------------------------------------------------------------------------------ messages
+
+
+class HealthSignal(Contract):
+    """Health of one seed's chunk of its layer's output, over one observed step."""
+
+    seed_id: SeedId
+    health_score: float = Field(ge=0, le=1)
+    execution_time_us: float
+    lifecycle_state: SeedState
+    epoch: int
+    step: int
+    mean: float
+    variance: float
+    dead_fraction: float = Field(ge=0, le=1)
+    non_finite: int
+    gradient_energy: float  # mean squared gradient of the loss with respect to the chunk
+    error_count: int
+
+
+class HealthBatch(Contract):
+    """All signals of one model at one step, so that a burst is one message."""
+
+    signals: tuple[HealthSignal, ...]
+
+
+class GraftingStrategy(Contract):
+    """How long a seed stays in each state, in optimizer steps, and how alpha ramps."""
+
+    training_steps: int = Field(default=60, ge=0)
+    grafting_steps: int = Field(default=60, ge=1)
+    stabilization_steps: int = Field(default=30, ge=0)
+    fine_tuning_steps: int = Field(default=60, ge=0)
+    alpha_target: float = Field(default=1.0, ge=0, le=1)
+    curve: RampCurve = RampCurve.COSINE
+
+
+class KasminaControlCommand(Contract):
+    """An order to the execution layer. Applied between two steps, once per ``command_id``."""
+
+    command_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    kind: CommandKind
+    layer_name: str
+    seed_idx: int = Field(ge=0)
+    artifact_id: Sha256 | None = None
+    strategy: GraftingStrategy = GraftingStrategy()
+    epoch: int  # the epoch on whose evidence the command was issued
+    reason: str
+
+    @model_validator(mode="after")
+    def _germination_names_its_kernel(self) -> "KasminaControlCommand":
+        if (self.kind is CommandKind.GERMINATE) != (self.artifact_id is not None):
+            raise ValueError(f"a {self.kind} command with artifact_id={self.artifact_id}")
+        return self
+
+
+class SeedEvaluation(Contract):
+    """The counterfactual: held-out loss without the seed minus with it, paired per sample."""
+
+    seed_id: SeedId
+    loss_with: float
+    loss_without: float
+    contribution: float
+    standard_error: float
+    num_samples: int
+
+
+class EpochEvent(Contract):
+    """End of an epoch, published by the training loop after validation."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    val_loss: float
+    val_loss_standard_error: float
+    val_accuracy: float | None = None
+    evaluations: tuple[SeedEvaluation, ...] = ()
+
+
+class LifecycleEvent(Contract):
+    """A seed took an edge of its lifecycle."""
+
+    seed_id: SeedId
+    source: SeedState
+    target: SeedState
+    epoch: int
+    step: int
+    artifact_id: Sha256 | None = None
+    reason: str = ""
+
+
+class FieldReport(Contract):
+    """How one adaptation ended, for the library and for whoever improves designs."""
+
+    seed_id: SeedId
+    artifact_id: Sha256
+    blueprint_id: Sha256
+    outcome: Outcome
+    reason: str
+    started_epoch: int
+    ended_epoch: int
+    num_parameters: int
+    evaluation: SeedEvaluation | None = None
+
+
+class BlueprintSubmitted(Contract):
+    blueprint_id: Sha256
+
+
+class KernelReady(Contract):
+    artifact_id: Sha256
+
+
+class KernelCharacterized(Contract):
+    artifact_id: Sha256
+    status: KernelStatus
+    tags: tuple[str, ...] = ()
+
+
+PAYLOADS: dict[Topic, type[Contract]] = {
+    Topic.SEED_HEALTH: HealthBatch,
+    Topic.KASMINA_COMMANDS: KasminaControlCommand,
+    Topic.FIELD_REPORTS: FieldReport,
+    Topic.BLUEPRINT_SUBMITTED: BlueprintSubmitted,
+    Topic.KERNEL_READY: KernelReady,
+    Topic.KERNEL_CHARACTERIZED: KernelCharacterized,
+    Topic.EPOCH: EpochEvent,
+    Topic.LIFECYCLE: LifecycleEvent,
+}
+
+
+class OonaMessage(BaseModel):
+    """Envelope of everything on the bus; ``payload`` is the contract that belongs to the topic."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+
+    topic: Topic
+    sender_id: str
+    payload: Contract
+    event_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    trace_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    timestamp: float = Field(default_factory=time.time)  # seconds since the Unix epoch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _payload_by_topic(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("payload"), dict):
+            return data | {
+                "payload": PAYLOADS[Topic(data["topic"])].model_validate(data["payload"])
+            }
+        return data
+
+    @model_validator(mode="after")
+    def _payload_fits_topic(self) -> "OonaMessage":
+        expected = PAYLOADS[self.topic]
+        if type(self.payload) is not expected:
+            raise ValueError(
+                f"topic {self.topic} carries {expected.__name__}, got {type(self.payload).__name__}"
+            )
+        return self
+
+    def to_json(self) -> bytes:
+        return canonical_json(
+            self.model_dump(mode="json") | {"payload": self.payload.model_dump(mode="json")}
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "OonaMessage":
+        return cls.model_validate_json(data)

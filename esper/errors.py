@@ -1,0 +1,53 @@
+"""Every exception that Esper raises on purpose.
+
+Wrong arguments raise ``ValueError`` or ``TypeError``. Everything else is an :class:`EsperError`,
+so one ``except`` clause catches what went wrong inside Esper and nothing else.
+"""
+
+
+class EsperError(Exception):
+    """Base of all errors that are not plainly a wrong argument."""
+
+
+class LifecycleError(EsperError):
+    """A seed was asked to take an edge that its lifecycle does not have; nothing was changed."""
+
+
+class BlueprintError(EsperError):
+    """A design cannot be traced, or its graph is not allowed: forbidden operator, wrong shape."""
+
+
+class ArtifactError(EsperError):
+    """A kernel artifact cannot be used."""
+
+
+class ArtifactNotFoundError(ArtifactError):
+    """The library holds no artifact (or blueprint) of that id."""
+
+
+class ArtifactNotValidatedError(ArtifactError):
+    """The artifact exists, but the evaluator has not marked it VALIDATED."""
+
+
+class ArtifactIntegrityError(ArtifactError):
+    """Bytes do not match their digest, or a signature does not hold."""
+
+
+class ArtifactMismatchError(ArtifactError):
+    """The artifact was made for another site, dtype, device kind or torch version."""
+
+
+class LibraryError(EsperError):
+    """The library on disk is damaged, or was written by a newer version of Esper."""
+
+
+class AuditError(LibraryError):
+    """The audit log's hash chain is broken; the message names the first bad row."""
+
+
+class WorkerError(EsperError):
+    """A child process of the pipeline crashed, hung or answered with an error."""
+
+
+class BusError(EsperError):
+    """The message bus cannot take or deliver a message."""

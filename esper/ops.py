@@ -1,0 +1,239 @@
+"""The ops: native kernels with fake kernels and gradients, under one Python signature each.
+
+No op ever waits for the device. Wrong dtypes, devices and shapes raise ``RuntimeError`` that names
+the tensor, its value and the expectation. A *cell* is a one-element view of the seed bank's arena:
+one field of one seed, read and written on the device alone.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from esper import reference
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"Esper's native ops are not built: {_LIBRARY} is missing; "
+        "in a checkout run `make setup`, or `pip install --no-build-isolation -e .`"
+    )
+torch.ops.load_library(_LIBRARY)
+
+if torch.version.cuda is not None and find_spec("triton") is not None:
+    from esper.kernels import blend as _triton
+
+    torch.library.impl("esper::blend", "CUDA")(_triton.blend)
+    torch.library.impl("esper::blend_backward", "CUDA")(_triton.blend_backward)
+
+
+def tick(arena: Tensor, num_seeds: int, max_errors: int) -> None:
+    """Advance every running seed by one step: book its fault, quarantine it, or move its ramp.
+
+    ``arena`` is the seed bank's block, u8 (64 * capacity,), changed in place. A seed in TRAINING to
+    FOSSILIZED with a fault gets one more error, and from ``max_errors`` on ``fallback_active``;
+    then its alpha is 0 for good. Otherwise a seed with a slope moves along its curve, and its alpha
+    is ``alpha_target`` exactly once the ramp has arrived.
+    """
+    torch.ops.esper.tick(arena, num_seeds, max_errors)
+
+
+def observe(y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> None:
+    """Merge the statistics of one batch into the health of a layer's seeds.
+
+    ``y`` is the host layer's output, any float dtype, its channels divided among the seeds;
+    ``health`` is f32 (6, capacity), of which columns ``first_seed`` to ``first_seed + num_seeds``
+    are changed in place: count, mean and M2 of the finite elements, the number of elements in
+    channels that are zero throughout, and the number of non-finite elements.
+    """
+    torch.ops.esper.observe(y.detach(), channel_dim, health, first_seed, num_seeds)
+
+
+def observe_grad(
+    grad: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> None:
+    """Add the sum of squares of the finite elements of each seed's chunk of ``grad`` to its health.
+
+    Arguments as for :func:`observe`; row 5 of ``health`` is changed in place.
+    """
+    torch.ops.esper.observe_grad(grad.detach(), channel_dim, health, first_seed, num_seeds)
+
+
+def blend(
+    y: Tensor,
+    out: Tensor,
+    alpha: Tensor,
+    channel_dim: int,
+    start: int,
+    non_finite: Tensor,
+    fault: Tensor,
+) -> Tensor:
+    """Return ``y`` with ``y + alpha * (out - y)`` in the seed's chunk of channels.
+
+    ``y`` is the host layer's output, any float dtype; ``out`` the kernel's, of the same dtype and
+    of y's shape except at ``channel_dim``, where it covers channels ``[start, start + out.size)``.
+    ``alpha`` is an f32 cell in [0, 1]: 0 gives ``y`` bit for bit, 1 gives ``out``. A non-finite
+    element of ``out`` takes y's value; unless y's is non-finite too it is counted in the f32 cell
+    ``non_finite`` and the u8 cell ``fault`` is set.
+
+    The result has y's memory layout if that is contiguous or has the channels last, and is
+    contiguous otherwise. Differentiable once in ``y``, ``out`` and ``alpha``; ``alpha`` must keep
+    its value until the backward pass. Compilers see the reference, so that they may fuse it;
+    exporters too, without the counters.
+    """
+    if torch.compiler.is_exporting():
+        return reference.blend(y, out, alpha, channel_dim, start)
+    if torch.compiler.is_compiling():
+        lost = reference.blend_lost(y.detach(), out.detach(), channel_dim, start)
+        reference.record_lost(lost, non_finite, fault)
+        return reference.blend(y, out, alpha, channel_dim, start)
+    return cast(Tensor, _Blend.apply(y, out, alpha, channel_dim, start, non_finite, fault))
+
+
+def isolate(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
+    """Return ``y`` (no copy), passing its gradient on to ``y`` unchanged and to ``out`` as well.
+
+    ``out`` receives the gradient of channels ``[start, start + out.size)``, as if it had been the
+    output there, but its values reach nothing.
+    """
+    if torch.compiler.is_exporting():
+        return y
+    return cast(Tensor, _Isolate.apply(y, out, channel_dim, start))
+
+
+def guard(non_finite: Tensor, fault: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return ``tensors`` (no copy) such that only finite gradients flow back through them.
+
+    In the backward pass a non-finite element of a gradient becomes 0, is counted in the f32 cell
+    ``non_finite``, and sets the u8 cell ``fault``. Tensors that need no gradient pass untouched.
+    Differentiable once.
+    """
+    guarded = [t for t in tensors if t.requires_grad]
+    if not guarded or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return tensors
+    clean = iter(_Guard.apply(non_finite, fault, *guarded))
+    return tuple(next(clean) if t.requires_grad else t for t in tensors)
+
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        out: Tensor,
+        alpha: Tensor,
+        channel_dim: int,
+        start: int,
+        non_finite: Tensor,
+        fault: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(y, out)
+        # Not a saved tensor: alpha shares its version counter with the whole arena, where other
+        # cells change between forward and backward.
+        ctx.alpha = alpha
+        ctx.channel_dim, ctx.start = channel_dim, start
+        result: Tensor = torch.ops.esper.blend(y, out, alpha, channel_dim, start, non_finite, fault)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, out = ctx.saved_tensors
+        grads = torch.ops.esper.blend_backward(grad, y, out, ctx.alpha, ctx.channel_dim, ctx.start)
+        return *grads, None, None, None, None
+
+
+class _Isolate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
+        ctx.channel_dim, ctx.start, ctx.size = channel_dim, start, out.size(channel_dim)
+        # An input returned as it is would become a view that refuses in-place ops such as the
+        # host's nn.ReLU(inplace=True).
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, grad.narrow(ctx.channel_dim, ctx.start, ctx.size), None, None
+
+
+class _Guard(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, non_finite: Tensor, fault: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.cells = non_finite, fault
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = [grad for grad in grads if grad is not None]
+        clean = iter(_guard_grads(present, *ctx.cells))
+        return None, None, *(None if grad is None else next(clean) for grad in grads)
+
+
+def _guard_grads(grads: list[Tensor], non_finite: Tensor, fault: Tensor) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return reference.guard_grads(grads, non_finite, fault)
+    result: list[Tensor] = torch.ops.esper.guard_grads(grads, non_finite, fault)
+    return result
+
+
+@torch.library.register_fake("esper::tick")
+def _(arena: Tensor, num_seeds: int, max_errors: int) -> None:
+    return None
+
+
+@torch.library.register_fake("esper::observe")
+def _(y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> None:
+    return None
+
+
+@torch.library.register_fake("esper::observe_grad")
+def _(grad: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> None:
+    return None
+
+
+@torch.library.register_fake("esper::blend")
+def _(
+    y: Tensor,
+    out: Tensor,
+    alpha: Tensor,
+    channel_dim: int,
+    start: int,
+    non_finite: Tensor,
+    fault: Tensor,
+) -> Tensor:
+    return torch.empty_like(_in_order(y, channel_dim, _has_channels_last(y, channel_dim)))
+
+
+@torch.library.register_fake("esper::blend_backward")
+def _(
+    grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last = _has_channels_last(y, channel_dim)
+    return (
+        torch.empty_like(_in_order(y, channel_dim, channels_last)),
+        torch.empty_like(_in_order(out, channel_dim, channels_last)),
+        torch.empty_like(alpha),
+    )
+
+
+@torch.library.register_fake("esper::guard_grads")
+def _(grads: list[Tensor], non_finite: Tensor, fault: Tensor) -> list[Tensor]:
+    return [torch.empty_like(grad) for grad in grads]
+
+
+def _has_channels_last(t: Tensor, channel_dim: int) -> bool:
+    return not t.is_contiguous() and t.movedim(channel_dim, -1).is_contiguous()
+
+
+def _in_order(t: Tensor, channel_dim: int, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return t.contiguous()
+    return t.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)

@@ -1,0 +1,167 @@
+"""Plain PyTorch specification of every op: what the native kernels must compute.
+
+Written to be obviously right, not fast. :func:`blend` is also what compilers and exporters see,
+so it is functional and differentiable.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from esper.contracts import RampCurve, SeedState
+
+SIGMOID_STEEPNESS = 12.0
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of ``dtype`` are combined: float32, or float64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def lerp(y: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+    """Interpolate from the nearer end: exact where ``out == y``, finite wherever both ends are."""
+    rest = 1 - weight
+    from_y = y + (weight * out - weight * y)
+    from_out = out - (rest * out - rest * y)
+    return torch.where(weight < 0.5, from_y, from_out)
+
+
+def blend(y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int) -> Tensor:
+    """Return ``y`` with ``y + alpha * (out - y)`` at channels ``[start, start + out.size)``.
+
+    A non-finite element of ``out`` counts as equal to ``y``'s. Differentiable in ``y`` and ``out``
+    everywhere, in ``alpha`` for ``0 < alpha < 1`` (at the ends the value is a copy).
+    """
+    size = out.size(channel_dim)
+    act = y.narrow(channel_dim, start, size)
+    # Selecting before the arithmetic as well keeps NaN out of the gradients.
+    usable = torch.where(out.isfinite(), out, act)
+    wide = compute_dtype(y.dtype)
+    mixed = lerp(act.to(wide), usable.to(wide), alpha.to(wide)).to(y.dtype)
+    exact = torch.where(alpha == 0, act, torch.where(alpha == 1, usable, mixed))
+    return y.slice_scatter(exact, channel_dim, start, start + size)
+
+
+def blend_backward(
+    grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``."""
+    size = out.size(channel_dim)
+    wide = compute_dtype(y.dtype)
+    chunk = grad.narrow(channel_dim, start, size)
+    act = y.narrow(channel_dim, start, size)
+    weight = alpha.to(wide)
+    usable = out.isfinite()
+    grad_act = torch.where(usable, (chunk.to(wide) * (1 - weight)).to(grad.dtype), chunk)
+    grad_out = torch.where(usable, chunk.to(wide) * weight, 0).to(out.dtype)
+    slope = torch.where(usable, chunk.double() * (out.double() - act.double()), 0)
+    grad_y = grad.slice_scatter(grad_act, channel_dim, start, start + size)
+    return grad_y, grad_out, slope.sum().reshape(1).to(alpha.dtype)
+
+
+def blend_lost(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
+    """Return how many elements of ``out`` are non-finite where ``y``'s own are finite, f32 (1,)."""
+    act = y.narrow(channel_dim, start, out.size(channel_dim))
+    return (~out.isfinite() & act.isfinite()).sum().reshape(1).float()
+
+
+def record_lost(lost: Tensor, non_finite: Tensor, fault: Tensor) -> None:
+    """Book ``lost`` elements, f32 (1,), on the seed that the two cells belong to."""
+    non_finite.add_(lost)
+    fault.copy_(torch.where(lost > 0, torch.ones_like(fault), fault))
+
+
+def guard_grads(grads: Sequence[Tensor], non_finite: Tensor, fault: Tensor) -> list[Tensor]:
+    """Return each gradient with its non-finite elements set to zero, counted and flagged."""
+    lost = torch.zeros_like(non_finite)
+    for grad in grads:
+        lost = lost + (~grad.isfinite()).sum()
+    record_lost(lost, non_finite, fault)
+    return [torch.where(grad.isfinite(), grad, torch.zeros_like(grad)) for grad in grads]
+
+
+def seed_chunks(t: Tensor, channel_dim: int, num_seeds: int) -> tuple[Tensor, ...]:
+    """Divide the channels among the seeds, contiguously and evenly, longer chunks first."""
+    return t.tensor_split(num_seeds, channel_dim)
+
+
+def observe(y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> None:
+    """Merge the statistics of each seed's chunk of ``y`` into its column of ``health``.
+
+    The merge is Chan, Golub, LeVeque (1979), equations 2.1a and 2.1b.
+    """
+    if y.numel() == 0:
+        return
+    for seed, chunk in enumerate(seed_chunks(y.double(), channel_dim, num_seeds), first_seed):
+        column = health[:, seed]
+        count, mean, m2 = column[:3].double()
+        finite = chunk[chunk.isfinite()]
+        if finite.numel() > 0:
+            total = count + finite.numel()
+            delta = finite.mean() - mean
+            m2 = m2 + (finite - finite.mean()).square().sum()
+            m2 = m2 + delta.square() * count * finite.numel() / total
+            mean = mean + delta * finite.numel() / total
+            count = total
+        zero = (chunk == 0).movedim(channel_dim, 0).reshape(chunk.size(channel_dim), -1).all(1)
+        dead = zero.sum() * (chunk.numel() // chunk.size(channel_dim))
+        non_finite = chunk.numel() - finite.numel()
+        column[:5] = saturate(
+            torch.stack([count, mean, m2, column[3] + dead, column[4] + non_finite])
+        )
+
+
+def observe_grad(
+    grad: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> None:
+    """Add the sum of squares of each seed's chunk of ``grad`` to row 5 of ``health``."""
+    for seed, chunk in enumerate(seed_chunks(grad.double(), channel_dim, num_seeds), first_seed):
+        energy = chunk[chunk.isfinite()].square().sum()
+        health[5, seed] = saturate(health[5, seed].double() + energy)
+
+
+def saturate(value: Tensor) -> Tensor:
+    """Return ``value`` as float32, the largest finite number in place of infinity."""
+    limit = torch.finfo(torch.float32).max
+    return value.clamp(-limit, limit).float()
+
+
+def ramp(curve: RampCurve, progress: Tensor) -> Tensor:
+    """Map progress in [0, 1] to [0, 1] along ``curve``, hitting both ends exactly."""
+    match curve:
+        case RampCurve.LINEAR:
+            return progress
+        case RampCurve.COSINE:
+            return (1 - torch.cos(torch.pi * progress)) / 2
+        case RampCurve.SIGMOID:
+            low, here, high = (
+                torch.sigmoid(SIGMOID_STEEPNESS * (p - 0.5))
+                for p in (torch.zeros_like(progress), progress, torch.ones_like(progress))
+            )
+            return (here - low) / (high - low)
+
+
+def tick(seeds: Mapping[str, Tensor], max_errors: int) -> None:
+    """Advance all seeds by one step; ``seeds`` maps each field of the bank to its tensor."""
+    states = seeds["lifecycle_states"]
+    running = (states >= SeedState.TRAINING) & (states <= SeedState.FOSSILIZED)
+    faulty = running & (seeds["fault"] != 0)
+    seeds["error_count"] += faulty
+    seeds["fault"][faulty] = 0
+    seeds["fallback_active"][faulty & (seeds["error_count"] >= max_errors)] = 1
+
+    quarantined = running & (seeds["fallback_active"] != 0)
+    slope = seeds["alpha_slope"]
+    ramping = running & ~quarantined & (slope != 0)
+    progress = seeds["ramp_progress"] + slope
+    # n steps of 1/n may round to just below 1 and have arrived all the same.
+    progress = torch.where(progress > 1 - slope / 16, 1.0, progress)
+    curves = torch.stack([ramp(curve, progress) for curve in RampCurve])
+    fraction = curves.gather(0, seeds["ramp_curve"].long()[None])[0]
+    target = seeds["alpha_target"]
+    alpha = torch.where(progress == 1, target, target * fraction)
+    seeds["ramp_progress"][ramping] = progress[ramping]
+    seeds["alpha_blend"][ramping] = alpha[ramping]
+    seeds["alpha_blend"][quarantined] = 0
+    seeds["alpha_slope"][quarantined | (ramping & (progress == 1))] = 0

@@ -1,0 +1,1 @@
+"""Triton kernels. Imported as ``esper.kernels``, and only where Triton is installed."""

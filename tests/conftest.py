@@ -1,0 +1,51 @@
+"""Settings of every test: one thread, fixed seeds, and CUDA tests that are skipped aloud."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# More threads than cores spin; and one thread makes timings and orders repeatable.
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("esper", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("esper")
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU and a CUDA build of torch")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.getreports("skipped")
+    count = sum("cuda" in report.keywords for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} CUDA tests skipped: no usable GPU")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh tensors with NaN, so that an element nobody wrote shows."""
+    # cuBLAS refuses deterministic mode without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
