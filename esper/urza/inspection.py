@@ -1,0 +1,112 @@
+"""Whether the library on disk still is what was written: every row, blob, signature and link."""
+
+import json
+from typing import Any
+
+from sqlalchemy import Column, Connection, Row, Table, select
+
+from esper.contracts import BlueprintStatus, KernelStatement, UrabraskValidationReport
+from esper.errors import ArtifactIntegrityError, LibraryError
+from esper.trust import TrustedKey
+from esper.urza.blobs import BlobStore
+from esper.urza.database import audit_log, blueprints, field_reports, kernels, reports
+from esper.urza.rows import (
+    blueprint_from,
+    blueprint_values,
+    field_report_from,
+    field_report_values,
+    kernel_values,
+    record_from,
+    verdict_values,
+)
+
+_SUBMITTED = {"status": BlueprintStatus.UNVALIDATED.value, "log": ""}
+
+
+def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedKey) -> None:
+    """Raise an EsperError naming the first row that is not backed by what it stands for.
+
+    The audit log's own chain is for ``AuditLog.verify``; here only its links to the rows count.
+    """
+    statuses = _audited_statuses(connection)
+    for row in connection.execute(select(blueprints)):
+        _inspect_blueprint(row, blobs)
+        _compare(row, statuses.get(row.blueprint_id, _SUBMITTED))
+    for row in connection.execute(select(kernels)):
+        _inspect_kernel(row, blobs)
+    for row in connection.execute(select(reports)):
+        _inspect_report(row, blobs, trusted)
+    for row in connection.execute(select(field_reports)):
+        _compare(row, field_report_values(field_report_from(row)))
+    _inspect_links(connection, "blueprint.submitted", blueprints.c.blueprint_id)
+    _inspect_links(connection, "kernel.published", kernels.c.artifact_id)
+    _inspect_links(connection, "kernel.reported", reports.c.artifact_id)
+    _inspect_links(connection, "adaptation.reported", field_reports.c.report_digest)
+
+
+def _audited_statuses(connection: Connection) -> dict[str, dict[str, str]]:
+    """Replay the audit log: what status and log each blueprint was last given."""
+    changes = (
+        select(audit_log.c.subject, audit_log.c.details)
+        .where(audit_log.c.event == "blueprint.status")
+        .order_by(audit_log.c.seq)
+    )
+    statuses = {}
+    for subject, text in connection.execute(changes):
+        details = json.loads(text)
+        statuses[subject] = {"status": details["target"], "log": details["log"]}
+    return statuses
+
+
+def _inspect_blueprint(row: Row[Any], blobs: BlobStore) -> None:
+    blueprint = blueprint_from(row)
+    _compare(row, blueprint_values(blueprint))
+    blobs.get(blueprint.graph_digest)
+
+
+def _inspect_kernel(row: Row[Any], blobs: BlobStore) -> None:
+    record = record_from(row)
+    _compare(row, kernel_values(record.manifest))
+    for digest in record.manifest.files.values():
+        blobs.get(digest)
+    if record.statement is not None:
+        _compare(row, verdict_values(_report(record.statement.report_digest, blobs), row.signature))
+
+
+def _inspect_report(row: Row[Any], blobs: BlobStore, trusted: TrustedKey) -> None:
+    report = _report(row.report_digest, blobs)
+    _compare(row, {"artifact_id": report.artifact_id, "status": report.status.value})
+    trusted.verify(
+        KernelStatement(
+            artifact_id=report.artifact_id, status=report.status, report_digest=row.report_digest
+        ),
+        row.signature,
+    )
+
+
+def _report(digest: str, blobs: BlobStore) -> UrabraskValidationReport:
+    return UrabraskValidationReport.model_validate_json(blobs.get(digest))
+
+
+def _compare(row: Row[Any], expected: dict[str, Any]) -> None:
+    for column, value in expected.items():
+        found = row._mapping[column]
+        if found != value:
+            raise ArtifactIntegrityError(
+                f"{column} of row {row.position} is {found!r}, but must be {value!r}"
+            )
+
+
+def _inspect_links(connection: Connection, event: str, key: Column[Any]) -> None:
+    """Each row has its audit entry and the reverse, so no row was slipped in or taken out."""
+    table: Table = key.table
+    stored = sorted(connection.execute(select(key)).scalars())
+    audited = sorted(
+        connection.execute(select(audit_log.c.subject).where(audit_log.c.event == event)).scalars()
+    )
+    if stored != audited:
+        differing = sorted(set(stored) ^ set(audited))
+        raise LibraryError(
+            f"{table.name} holds {len(stored)} rows, the audit log {len(audited)} {event!r} "
+            f"entries; they differ in {differing[:3]}"
+        )

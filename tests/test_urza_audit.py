@@ -1,0 +1,208 @@
+"""The audit log: its chain breaks wherever somebody touched it."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from urza_samples import blueprint, graph
+
+from esper.contracts import LifecycleEvent, SeedState, canonical_json
+from esper.errors import AuditError, LibraryError
+from esper.urza import GENESIS, AuditEntry, Urza
+
+
+@pytest.fixture
+def urza(tmp_path: Path) -> Iterator[Urza]:
+    with Urza(tmp_path) as library:
+        yield library
+
+
+@pytest.fixture
+def five(urza: Urza) -> Urza:
+    """A library whose audit log has five rows."""
+    for step in range(5):
+        record(urza, step)
+    return urza
+
+
+def record(urza: Urza, step: int) -> None:
+    urza.record_lifecycle(
+        LifecycleEvent(
+            seed_id=("blocks.2.mlp", 1),
+            source=SeedState.DORMANT,
+            target=SeedState.GERMINATED,
+            epoch=0,
+            step=step,
+        )
+    )
+
+
+def tamper(root: Path, *statements: str) -> None:
+    """Change the database behind the library's back, triggers and all."""
+    connection = sqlite3.connect(root / "library.sqlite")
+    with connection:
+        for verb in ("UPDATE", "DELETE"):
+            connection.execute(f"DROP TRIGGER IF EXISTS audit_log_refuses_{verb}")
+        for statement in statements:
+            assert connection.execute(statement).rowcount > 0
+    connection.close()
+
+
+def test_a_new_log_is_empty_and_holds(urza: Urza) -> None:
+    assert urza.audit.head() == GENESIS
+    assert urza.audit.entries() == []
+    assert urza.audit.verify() == 0
+    assert urza.audit.verify(expected_head=GENESIS) == 0
+
+
+def test_rows_are_numbered_and_chained(five: Urza) -> None:
+    entries = five.audit.entries()
+    assert [entry.seq for entry in entries] == [1, 2, 3, 4, 5]
+    assert [entry.previous_hash for entry in entries] == [
+        GENESIS,
+        *(entry.digest() for entry in entries[:-1]),
+    ]
+    assert five.audit.head() == entries[-1].digest()
+    assert five.audit.verify() == 5
+
+
+def test_a_lifecycle_event_is_kept_in_full(five: Urza) -> None:
+    entry = five.audit.entries()[3]
+    assert (entry.actor, entry.event, entry.subject) == (
+        "kasmina",
+        "seed.lifecycle",
+        "blocks.2.mlp[1]",
+    )
+    assert LifecycleEvent.model_validate(entry.details).step == 3
+
+
+@pytest.mark.parametrize("statement", ["UPDATE audit_log SET actor = 'x'", "DELETE FROM audit_log"])
+def test_the_database_refuses_to_change_the_log(five: Urza, tmp_path: Path, statement: str) -> None:
+    connection = sqlite3.connect(tmp_path / "library.sqlite")
+    with pytest.raises(sqlite3.IntegrityError, match=r"^the audit log is append-only$"):
+        connection.execute(statement)
+    connection.close()
+    assert five.audit.verify() == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "timestamp = timestamp + 1",
+        "actor = 'tamiyo'",
+        "event = 'seed.culled'",
+        "subject = 'blocks.2.mlp[0]'",
+        "details = '{}'",
+        f"previous_hash = '{'0' * 64}'",
+        f"hash = '{'0' * 64}'",
+        "timestamp = 9e999",
+        "details = '{\"step\": 99999999999999999999}'",
+    ],
+)
+@pytest.mark.parametrize("seq", [2, 5])
+def test_an_edited_row_is_named(five: Urza, tmp_path: Path, change: str, seq: int) -> None:
+    tamper(tmp_path, f"UPDATE audit_log SET {change} WHERE seq = {seq}")
+    with pytest.raises(AuditError, match=f"^audit log: row {seq} was edited, its hash does not"):
+        five.audit.verify()
+
+
+def test_an_unreadable_row_is_named(five: Urza, tmp_path: Path) -> None:
+    tamper(tmp_path, "UPDATE audit_log SET details = '{' WHERE seq = 2")
+    with pytest.raises(AuditError, match=r"^audit log: row 2 cannot be read: "):
+        five.audit.verify()
+
+
+def test_an_edited_row_with_a_fresh_hash_breaks_the_next_link(five: Urza, tmp_path: Path) -> None:
+    forged = five.audit.entries()[1].model_copy(update={"actor": "tamiyo"})
+    tamper(
+        tmp_path,
+        f"UPDATE audit_log SET actor = 'tamiyo', hash = '{forged.digest()}' WHERE seq = 2",
+    )
+    with pytest.raises(AuditError, match=r"^audit log: row 3 does not follow row 2, the chain is"):
+        five.audit.verify()
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+def test_a_deleted_row_is_named(five: Urza, tmp_path: Path, seq: int) -> None:
+    tamper(tmp_path, f"DELETE FROM audit_log WHERE seq = {seq}")
+    with pytest.raises(
+        AuditError, match=f"^audit log: row {seq} is missing, row {seq + 1} stands in its place$"
+    ):
+        five.audit.verify()
+
+
+def test_swapped_rows_are_named(five: Urza, tmp_path: Path) -> None:
+    tamper(
+        tmp_path,
+        "UPDATE audit_log SET seq = -1 WHERE seq = 3",
+        "UPDATE audit_log SET seq = 3 WHERE seq = 4",
+        "UPDATE audit_log SET seq = 4 WHERE seq = -1",
+    )
+    with pytest.raises(AuditError, match=r"^audit log: row 3 was edited"):
+        five.audit.verify()
+
+
+def test_an_inserted_row_is_named(five: Urza, tmp_path: Path) -> None:
+    tamper(
+        tmp_path,
+        "UPDATE audit_log SET seq = 6 WHERE seq = 5",
+        "INSERT INTO audit_log SELECT 5, timestamp, actor, event, subject, details, "
+        "previous_hash, hash FROM audit_log WHERE seq = 1",
+    )
+    with pytest.raises(AuditError, match=r"^audit log: row 5 was edited"):
+        five.audit.verify()
+
+
+def test_truncation_shows_against_an_exported_head(five: Urza, tmp_path: Path) -> None:
+    head = five.audit.export_jsonl(tmp_path / "audit.jsonl")
+    assert five.audit.verify(expected_head=head) == 5
+    tamper(tmp_path, "DELETE FROM audit_log WHERE seq > 3")
+    assert five.audit.verify() == 3
+    with pytest.raises(
+        AuditError, match=f"^audit log: it ends at row 3 without the expected head {head}; "
+    ):
+        five.audit.verify(expected_head=head)
+    record(five, 3)
+    record(five, 4)
+    with pytest.raises(AuditError, match=r"^audit log: it ends at row 5 without the expected head"):
+        five.audit.verify(expected_head=head)
+
+
+def test_a_head_from_earlier_still_holds(five: Urza) -> None:
+    head = five.audit.head()
+    record(five, 5)
+    assert five.audit.verify(expected_head=head) == 6
+
+
+def test_the_export_can_be_verified_without_the_library(five: Urza, tmp_path: Path) -> None:
+    head = five.audit.export_jsonl(tmp_path / "audit.jsonl")
+    lines = (tmp_path / "audit.jsonl").read_bytes().splitlines()
+    previous = GENESIS
+    for line in lines:
+        row = json.loads(line)
+        assert canonical_json(row) == line
+        claimed = row.pop("hash")
+        assert AuditEntry(**row).digest() == claimed
+        assert row["previous_hash"] == previous
+        previous = claimed
+    assert (len(lines), previous) == (5, head)
+
+
+def test_an_entry_is_written_with_its_change_or_not_at_all(five: Urza, tmp_path: Path) -> None:
+    refuse_audit_rows(tmp_path)
+    with pytest.raises(LibraryError, match=r"library\.sqlite: no more rows$"):
+        five.submit_blueprint(blueprint(), graph("low_rank"))
+    assert five.blueprints() == []
+    assert five.audit.verify() == 5
+
+
+def refuse_audit_rows(root: Path) -> None:
+    connection = sqlite3.connect(root / "library.sqlite")
+    with connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON audit_log "
+            "BEGIN SELECT RAISE(ABORT, 'no more rows'); END"
+        )
+    connection.close()
