@@ -1,0 +1,1 @@
+"""Kasmina, the execution layer: seeds on host layers, their lifecycle and the kernel cache."""

@@ -1,0 +1,464 @@
+"""Kasmina of one model: all its layers and seeds, and what happens between two steps.
+
+The training thread alone moves seeds. Other threads hand over finished things (a prepared kernel,
+a command), which :meth:`Kasmina.advance` applies between two steps. In the other direction
+lifecycle events and observations go to callbacks that must only append.
+"""
+
+import asyncio
+import concurrent.futures
+import copy
+import functools
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.config import SeedSettings
+from esper.contracts import (
+    CommandKind,
+    GraftingStrategy,
+    KasminaControlCommand,
+    LifecycleEvent,
+    SeedId,
+    SeedState,
+)
+from esper.errors import EsperError
+from esper.kasmina.bank import SeedBank, Snapshot
+from esper.kasmina.cache import KernelCache
+from esper.kasmina.kernel import Kernel
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.loader import KernelLoader, KernelSource
+from esper.kasmina.seat import Seat
+from esper.kasmina.site import SiteType
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_COMMANDS = 4096  # ids kept so that a command delivered twice is obeyed once
+_NEVER = 2**62
+
+
+@dataclass(eq=False)
+class Tenancy:
+    """What one seed is going through, from germination until it is FOSSILIZED or DORMANT."""
+
+    layer: KasminaLayer
+    seed_idx: int
+    artifact_id: str
+    strategy: GraftingStrategy | None = None  # None: moved by hand
+    alpha: float = 0.0  # for loading by hand
+    steps_left: int | None = None  # in the present state; None: it waits for somebody's word
+    prepared: "Future[Kernel] | None" = None  # while LOADING
+    settled: "Future[bool]" = field(default_factory=Future)  # is the kernel in place?
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tenancy":
+        layer = copy.deepcopy(self.layer, memo)
+        return replace(self, layer=layer, prepared=None, settled=Future())
+
+
+@dataclass(frozen=True)
+class LayerObservation:
+    """Where a layer's seeds are in the snapshot, and how long its forward took."""
+
+    name: str
+    first_seed: int
+    num_seeds: int
+    execution_time_us: float
+
+    @classmethod
+    def of(cls, layer: KasminaLayer) -> "LayerObservation":
+        return cls(layer.name, layer.first_seed, layer.num_seeds, layer.observed_time_us())
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One observed step, handed to whoever turns it into health signals."""
+
+    snapshot: Snapshot
+    layers: tuple[LayerObservation, ...]
+    epoch: int
+    step: int
+
+
+class Kasmina:
+    """Execution layer of one wrapped model. It compiles nothing and decides nothing."""
+
+    def __init__(
+        self,
+        sites: dict[str, tuple[nn.Module, SiteType]],
+        settings: SeedSettings,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.bank = SeedBank(len(sites) * settings.seeds_per_layer, device)
+        self.cache = KernelCache(settings.cache_capacity_bytes)
+        self.layers = {
+            name: KasminaLayer(self, name, module, kind, number * settings.seeds_per_layer)
+            for number, (name, (module, kind)) in enumerate(sites.items())
+        }
+        self.epoch = 0
+        self.step_count = 0
+        self.next_due = settings.observe_every if settings.telemetry_enabled else _NEVER
+        self.observing = False
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.tenancies: dict[SeedId, Tenancy] = {}
+        self.num_occupied = 0
+        self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
+        self.emit_observation: Callable[[Observation], None] | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.group_options: dict[str, Any] = {}
+        self._observed_step = 0
+        self._obeyed: OrderedDict[str, None] = OrderedDict()
+        self._loader: KernelLoader | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self.training_thread = threading.get_ident()
+
+    def plant(self) -> None:
+        """Take note of each layer's class, now that the root has got its own.
+
+        Layers whose width is unknown are observed for one forward; the others are not touched.
+        """
+        for layer in self.layers.values():
+            layer.host_class = type(layer.default_transform)
+            if layer.shapes is None:
+                layer.arm()
+
+    # ------------------------------------------------------------------ what others hand in
+
+    def connect(self, library: KernelSource) -> None:
+        """Let kernels be loaded from ``library``."""
+        self._loader = KernelLoader(library, self.cache)
+
+    def layer(self, name: str) -> KasminaLayer:
+        """Return a layer's handle; raises ``ValueError`` for an unknown name."""
+        if name not in self.layers:
+            known = ", ".join(list(self.layers)[:8])
+            raise ValueError(f"Layer {name} not found (layers with seeds: {known}, ...)")
+        return self.layers[name]
+
+    def submit(self, command: KasminaControlCommand) -> None:
+        """Have a command obeyed at the next step boundary, once per ``command_id``. Any thread."""
+        self.inbox.append(functools.partial(self._obey, command))
+
+    def on_training_thread(self) -> bool:
+        return threading.get_ident() == self.training_thread
+
+    def request(
+        self, layer: KasminaLayer, seed_idx: int, artifact_id: str, strategy: GraftingStrategy
+    ) -> None:
+        """DORMANT > GERMINATED; loading begins at the next step boundary. Training thread."""
+        self._admit(Tenancy(layer, seed_idx, artifact_id, strategy))
+
+    async def load_by_hand(
+        self, layer: KasminaLayer, seed_idx: int, artifact_id: str, alpha: float
+    ) -> bool:
+        """See :meth:`KasminaLayer.load_kernel`. Any thread."""
+        tenancy = Tenancy(layer, seed_idx, artifact_id, alpha=alpha)
+        if not self.on_training_thread():
+            self.inbox.append(functools.partial(self._admit_remotely, tenancy))
+            return await asyncio.wrap_future(tenancy.settled)
+        self._admit(tenancy)
+        prepared = asyncio.wrap_future(self.prepare(tenancy))
+        await asyncio.gather(prepared, return_exceptions=True)  # settle() sees to its errors
+        if not tenancy.settled.done():  # a step may have come first, while this was waiting
+            self.settle(tenancy)
+        return tenancy.settled.result()
+
+    def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
+        """GERMINATED > LOADING: have the kernel prepared in the background. Training thread."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="esper-loader")
+        if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
+            tenancy.layer.await_kernel(tenancy.seed_idx)
+        tenancy.prepared = self._executor.submit(self._load, tenancy)
+        return tenancy.prepared
+
+    def settle(self, tenancy: Tenancy) -> None:
+        """LOADING > TRAINING, GRAFTING or CULLED, by what came of the preparation."""
+        prepared, layer, seed_idx = tenancy.prepared, tenancy.layer, tenancy.seed_idx
+        assert prepared is not None
+        tenancy.prepared = None
+        error: BaseException | None = EsperError("cancelled")
+        if not prepared.cancelled():
+            error = prepared.exception()
+        if error is None:
+            error = self._try_to_seat(tenancy, prepared.result())
+        if error is not None:
+            layer.reject_kernel(seed_idx, error)
+        tenancy.settled.set_result(error is None)
+
+    # ------------------------------------------------------------------ between two steps
+
+    def advance(self) -> None:
+        """Apply what is due. Called by ``model.step()`` when anything may be."""
+        self._end_observation()
+        for tenancy in list(self.tenancies.values()):
+            self._count_down(tenancy)
+        while self.inbox:
+            self.inbox.popleft()()
+        for tenancy in list(self.tenancies.values()):
+            self._pursue_loading(tenancy)
+        if self.num_occupied:
+            self.bank.tick(self.settings.max_errors)
+            self._remove_quarantined()
+        self._hand_out_snapshot()
+        self._begin_observation()
+
+    def seat_taken(self, seat: Seat) -> None:
+        self.num_occupied += 1
+        self.cache.pin(seat.kernel.artifact_id)
+        weights = list(seat.parameters())
+        if self.optimizer is not None and weights:
+            self.optimizer.add_param_group({"params": weights, **self.group_options})
+
+    def seat_given_back(self, seat: Seat) -> None:
+        self.num_occupied -= 1
+        self.cache.unpin(seat.kernel.artifact_id)
+        if self.optimizer is not None:
+            _forget_parameters(self.optimizer, {id(p) for p in seat.parameters()})
+
+    def record_transition(
+        self,
+        layer: KasminaLayer,
+        seed_idx: int,
+        source: SeedState,
+        target: SeedState,
+        reason: str,
+        artifact_id: str | None,
+    ) -> None:
+        """Follow a seed's move with its tenancy, and tell whoever listens."""
+        seed_id = (layer.name, seed_idx)
+        tenancy = self.tenancies.get(seed_id)
+        if tenancy is not None:
+            tenancy.steps_left = self._duration(tenancy.strategy, target)
+            artifact_id = artifact_id or tenancy.artifact_id
+        if target in (SeedState.DORMANT, SeedState.FOSSILIZED, SeedState.ROLLED_BACK):
+            self.tenancies.pop(seed_id, None)
+        logger.info("%s: %s > %s (%s)", layer.seed_name(seed_idx), source.name, target.name, reason)
+        self._emit(layer, seed_idx, source, target, reason, artifact_id)
+
+    def seeds_in(self, states: frozenset[SeedState]) -> list[SeedId]:
+        return [
+            (layer.name, seed_idx)
+            for layer in self.layers.values()
+            for seed_idx, state in enumerate(layer.state_layout.lifecycle_states())
+            if state in states
+        ]
+
+    def release(self) -> None:
+        """Give every layer the class that it has when it is not observed."""
+        self.observing = False
+        for layer in self.layers.values():
+            layer.rest()
+
+    def close(self) -> None:
+        """Stop the loading thread; kernels in place stay."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Kasmina":
+        """Copy seeds, kernels and layers; the copy has no listeners and no optimizer."""
+        twin = object.__new__(Kasmina)
+        memo[id(self)] = twin
+        fresh: dict[str, Any] = {
+            "cache": KernelCache(self.settings.cache_capacity_bytes),
+            "inbox": deque(),
+            "emit_lifecycle": None,
+            "emit_observation": None,
+            "optimizer": None,
+            "_loader": None,
+            "_executor": None,
+        }
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+        if self._loader is not None:
+            twin.connect(self._loader.source)
+        return twin
+
+    # ------------------------------------------------------------------ the stations of a tenancy
+
+    def _duration(self, strategy: GraftingStrategy | None, state: SeedState) -> int | None:
+        if state is SeedState.CULLED:
+            return self.settings.embargo_steps
+        if strategy is None:
+            return None
+        return {
+            SeedState.TRAINING: strategy.training_steps,
+            SeedState.GRAFTING: strategy.grafting_steps,
+            SeedState.STABILIZATION: strategy.stabilization_steps,
+            SeedState.FINE_TUNING: strategy.fine_tuning_steps,
+        }.get(state)
+
+    def _count_down(self, tenancy: Tenancy) -> None:
+        if tenancy.steps_left is None:
+            return
+        tenancy.steps_left -= 1
+        if tenancy.steps_left <= 0:
+            _move_on(tenancy)
+
+    def _pursue_loading(self, tenancy: Tenancy) -> None:
+        if tenancy.layer.state(tenancy.seed_idx) not in (SeedState.GERMINATED, SeedState.LOADING):
+            return
+        prepared = tenancy.prepared or self.prepare(tenancy)
+        if self.settings.deterministic:
+            concurrent.futures.wait([prepared])
+        if prepared.done():
+            self.settle(tenancy)
+
+    def _admit(self, tenancy: Tenancy) -> None:
+        tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id)
+        self.tenancies[tenancy.layer.name, tenancy.seed_idx] = tenancy
+
+    def _admit_remotely(self, tenancy: Tenancy) -> None:
+        try:
+            self._admit(tenancy)
+        except EsperError as error:
+            tenancy.settled.set_exception(error)
+
+    def _load(self, tenancy: Tenancy) -> Kernel:
+        """Runs in the loading thread."""
+        layer = tenancy.layer
+        if self._loader is None:
+            raise EsperError("no library is connected: call model.connect(library) first")
+        return self._loader.prepare(
+            tenancy.artifact_id, layer.site(tenancy.seed_idx), layer.dtype, self.bank.device
+        )
+
+    def _try_to_seat(self, tenancy: Tenancy, kernel: Kernel) -> Exception | None:
+        layer, seed_idx, strategy = tenancy.layer, tenancy.seed_idx, tenancy.strategy
+        if "forward" in layer.default_transform.__dict__:
+            return EsperError(
+                f"layer '{layer.name}' has a forward of its own on the instance, which an active "
+                "class cannot reach"
+            )
+        if strategy is not None and kernel.weights():
+            layer.train(seed_idx, kernel)
+        else:
+            layer.graft_new(seed_idx, kernel, strategy, tenancy.alpha)
+        return None
+
+    def _remove_quarantined(self) -> None:
+        for tenancy in list(self.tenancies.values()):
+            reason = tenancy.layer.quarantine_reason(tenancy.seed_idx)
+            if reason is not None:
+                tenancy.layer.cull(tenancy.seed_idx, f"quarantined: {reason}")
+
+    def _emit(
+        self,
+        layer: KasminaLayer,
+        seed_idx: int,
+        source: SeedState,
+        target: SeedState,
+        reason: str,
+        artifact_id: str | None,
+    ) -> None:
+        if self.emit_lifecycle is None:
+            return
+        self.emit_lifecycle(
+            LifecycleEvent(
+                seed_id=(layer.name, seed_idx),
+                source=source,
+                target=target,
+                epoch=self.epoch,
+                step=self.step_count,
+                artifact_id=artifact_id,
+                reason=reason,
+            )
+        )
+
+    # ------------------------------------------------------------------ commands
+
+    def _obey(self, command: KasminaControlCommand) -> None:
+        if command.command_id in self._obeyed:
+            return
+        self._obeyed[command.command_id] = None
+        if len(self._obeyed) > _REMEMBERED_COMMANDS:
+            self._obeyed.popitem(last=False)
+        try:
+            self._carry_out(command)
+        except (EsperError, ValueError) as error:
+            self._refuse(command, error)
+
+    def _refuse(self, command: KasminaControlCommand, error: Exception) -> None:
+        """Say so in the log, and to whoever sent it by an event that leads from a state to itself."""
+        logger.warning("command %s %s refused: %s", command.kind, command.command_id, error)
+        layer = self.layers.get(command.layer_name)
+        if layer is not None and command.seed_idx < layer.num_seeds:
+            state = layer.state(command.seed_idx)
+            reason = f"{command.kind} refused: {error}"
+            self._emit(layer, command.seed_idx, state, state, reason, command.artifact_id)
+
+    def _carry_out(self, command: KasminaControlCommand) -> None:
+        layer = self.layer(command.layer_name)
+        layer.check_seed(command.seed_idx)
+        if command.kind is CommandKind.GERMINATE:
+            assert command.artifact_id is not None
+            layer.request_germination(command.seed_idx, command.artifact_id, command.strategy)
+        elif command.kind is CommandKind.KEEP:
+            layer.keep(command.seed_idx, command.reason)
+        else:
+            layer.cull(command.seed_idx, command.reason)
+
+    # ------------------------------------------------------------------ observed steps
+
+    def _begin_observation(self) -> None:
+        if self.step_count < self.next_due or not self.settings.telemetry_enabled:
+            return
+        self.observing = True
+        self._observed_step = self.step_count
+        self.next_due = self.step_count + 1  # the step that ends the observation
+        for layer in self.layers.values():
+            layer.arm()
+
+    def _end_observation(self) -> None:
+        if not self.observing:
+            return
+        self.release()
+        self.bank.begin_snapshot()
+
+    def _hand_out_snapshot(self) -> None:
+        """Pass a completed snapshot on; while one is on its way, look again at the next step."""
+        if self.step_count < self.next_due or not self.bank.snapshot_pending:
+            return
+        snapshot = self.bank.take_snapshot()
+        if snapshot is None:
+            self.next_due = self.step_count + 1
+            return
+        self.next_due = self._observed_step + self.settings.observe_every
+        if self.emit_observation is not None:
+            layers = tuple(LayerObservation.of(layer) for layer in self.layers.values())
+            self.emit_observation(Observation(snapshot, layers, self.epoch, self._observed_step))
+
+
+def _move_on(tenancy: Tenancy) -> None:
+    """Take the edge that is due when a state's steps are over."""
+    layer, seed_idx = tenancy.layer, tenancy.seed_idx
+    state = layer.state(seed_idx)
+    if state is SeedState.TRAINING:
+        assert tenancy.strategy is not None
+        layer.graft(seed_idx, tenancy.strategy)
+    elif state is SeedState.GRAFTING:
+        layer.stabilize(seed_idx)
+    elif state is SeedState.STABILIZATION:
+        layer.evaluate(seed_idx)
+    elif state is SeedState.FINE_TUNING:
+        layer.fossilize(seed_idx, "fine-tuned")
+    elif state is SeedState.CULLED:
+        layer.revive(seed_idx)
+
+
+def _forget_parameters(optimizer: torch.optim.Optimizer, ids: set[int]) -> None:
+    """Remove parameters, their groups and their state from an optimizer; the rest is kept."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in ids:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

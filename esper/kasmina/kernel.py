@@ -1,0 +1,109 @@
+"""A FAST kernel as a module: the program's functions over parameters and buffers of its own."""
+
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from esper.contracts import KernelManifest
+from esper.errors import ArtifactError
+from esper.kasmina.graph import DTYPES, TensorSpec, flat_name
+from esper.kasmina.program import Program
+
+GRAPH_FILE = "graph.json"
+PARAMS_FILE = "params.safetensors"
+
+
+class Kernel(nn.Module):
+    """``kernel(inp, act) -> out``, with ``out`` like ``act`` in shape, dtype and device.
+
+    Weights are registered under the blueprint's names with ``__`` for each dot. The compiled
+    functions take every tensor as an argument, so a copy computes with its own weights.
+    """
+
+    def __init__(
+        self, manifest: KernelManifest, program: Program, tensors: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.program = program
+        self._compile()
+        try:
+            for spec in program.parameters:
+                self.register_parameter(flat_name(spec.name), nn.Parameter(tensors[spec.name]))
+            for spec in program.buffers:
+                self.register_buffer(flat_name(spec.name), tensors[spec.name])
+        except KeyError as error:
+            raise ArtifactError(f"a weight cannot have this name: {error}") from None
+
+    @classmethod
+    def build(cls, manifest: KernelManifest, files: dict[str, bytes]) -> "Kernel":
+        """Make a kernel on the CPU of the files of a FAST artifact.
+
+        Digests and signature are the loader's business; here everything that the files say is
+        checked, and :class:`ArtifactError` raised before a kernel exists. Any thread.
+        """
+        missing = {GRAPH_FILE, PARAMS_FILE} - files.keys()
+        if missing:
+            raise ArtifactError(f"the artifact has no {min(missing)}")
+        program = Program.from_json(files[GRAPH_FILE])
+        return cls(manifest, program, _load(files[PARAMS_FILE], program))
+
+    @property
+    def artifact_id(self) -> str:
+        return self.manifest.artifact_id
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.program.stochastic
+
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """Return the parameters in the program's order."""
+        return tuple(self._parameters.values())  # type: ignore[arg-type]
+
+    def call(self, inp: Tensor, act: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        """Run with these parameters in place of the kernel's own, and with its own buffers."""
+        run = self._train if self.training else self._eval
+        return run(inp, act, params, tuple(self._buffers.values()))  # type: ignore[arg-type]
+
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return self.call(inp, act, self.weights())
+
+    def extra_repr(self) -> str:
+        return f"{self.manifest.design.name}, {self.artifact_id[:12]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in {"_train", "_eval"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._compile()
+
+    def _compile(self) -> None:
+        self._train = self.program.compile(training=True)
+        self._eval = self.program.compile(training=False)
+
+
+def _load(data: bytes, program: Program) -> dict[str, Tensor]:
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{PARAMS_FILE}: {error}") from None
+    specs = {spec.name: spec for spec in program.parameters + program.buffers}
+    if tensors.keys() != specs.keys():
+        raise ArtifactError(
+            f"{PARAMS_FILE}: expected {sorted(specs)} as in {GRAPH_FILE}, got {sorted(tensors)}"
+        )
+    for name, spec in specs.items():
+        _check_tensor(spec, tensors[name])
+    return tensors
+
+
+def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype is not DTYPES[spec.dtype]:
+        raise ArtifactError(
+            f"{PARAMS_FILE}: {spec.name!r} must be {spec.dtype} {spec.shape}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )

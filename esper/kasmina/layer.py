@@ -1,0 +1,412 @@
+"""The handle of one host layer: its seeds, and the verbs that move them through their lives.
+
+The handle is not an ``nn.Module`` and the layer does not know of it: while all its seeds are
+dormant the layer is not touched at all. All methods belong to the training thread, between two
+steps, unless they say otherwise.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from esper import ops
+from esper.contracts import GraftingStrategy, SeedState, SiteSignature
+from esper.errors import EsperError, LifecycleError
+from esper.kasmina import morph
+from esper.kasmina.bank import SeedBank, SeedCell
+from esper.kasmina.cache import KernelCache
+from esper.kasmina.kernel import Kernel
+from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
+from esper.kasmina.seat import SEATS, Chunk, Seat, Seats, seats_of
+from esper.kasmina.site import (
+    SiteShapes,
+    SiteType,
+    chunk_bounds,
+    declared_shapes,
+    observed_shapes,
+    signature,
+)
+
+if TYPE_CHECKING:
+    from esper.kasmina.execution import Kasmina
+
+logger = logging.getLogger(__name__)
+
+
+class SeedSlice:
+    """A layer's part of the seed bank. Reading it never touches the device."""
+
+    def __init__(self, bank: SeedBank, first: int, count: int):
+        self.bank = bank
+        self.first = first
+        self.count = count
+
+    def state(self, seed_idx: int) -> SeedState:
+        return self.bank.state(self.first + seed_idx)
+
+    def lifecycle_states(self) -> list[SeedState]:
+        return [self.state(seed_idx) for seed_idx in range(self.count)]
+
+    def get_active_seeds(self) -> list[int]:
+        """Return the seeds that reach the layer's output: GRAFTING to FOSSILIZED."""
+        return [idx for idx, state in enumerate(self.lifecycle_states()) if state in ACTIVE]
+
+    def value(self, field: str, seed_idx: int) -> float:
+        """Return one field of one seed from the mirror, for example ``alpha_blend``."""
+        return float(self.bank.mirror[field][self.first + seed_idx])
+
+
+class KasminaLayer:
+    """Seeds of one host layer.
+
+    Attributes: ``name`` (FQN), ``default_transform`` (the host module), ``host_class`` (its class
+    while dormant), ``num_seeds``, ``state_layout`` (its slice of the seed bank), ``kernel_cache``,
+    ``telemetry_enabled``, ``shapes`` (None until a forward has shown them).
+    """
+
+    def __init__(
+        self,
+        kasmina: "Kasmina",
+        name: str,
+        module: nn.Module,
+        kind: SiteType,
+        first_seed: int,
+    ):
+        self.kasmina = kasmina
+        self.name = name
+        self.default_transform = module
+        self.host_class = type(module)
+        self.host_name = type(module).__name__
+        self.kind = kind
+        self.shapes = declared_shapes(module, kind)
+        self.dtype = _dtype_of(module)
+        self.first_seed = first_seed
+        self._timer: morph.DeviceTimer | None = None
+        self.num_seeds = self._seeds_that_fit(kasmina.settings.seeds_per_layer)
+
+    @property
+    def state_layout(self) -> SeedSlice:
+        return SeedSlice(self.kasmina.bank, self.first_seed, self.num_seeds)
+
+    @property
+    def kernel_cache(self) -> KernelCache:
+        return self.kasmina.cache
+
+    @property
+    def telemetry_enabled(self) -> bool:
+        return self.kasmina.settings.telemetry_enabled
+
+    def seed_name(self, seed_idx: int) -> str:
+        return f"seed {seed_idx} on '{self.name}'"
+
+    def state(self, seed_idx: int) -> SeedState:
+        self.check_seed(seed_idx)
+        return self.kasmina.bank.state(self.first_seed + seed_idx)
+
+    def check_seed(self, seed_idx: int) -> None:
+        """Raise ``ValueError`` unless the layer has such a seed."""
+        if isinstance(seed_idx, bool) or not isinstance(seed_idx, int):
+            raise TypeError(f"seed index must be an int, got {seed_idx!r}")
+        if not 0 <= seed_idx < self.num_seeds:
+            raise ValueError(
+                f"Invalid seed index: {seed_idx} (layer '{self.name}' has seeds 0 to "
+                f"{self.num_seeds - 1})"
+            )
+
+    def chunk(self, seed_idx: int) -> tuple[int, int]:
+        """Return start and length of a seed's channels."""
+        return chunk_bounds(self._known_shapes().channels, self.num_seeds)[seed_idx]
+
+    def site(self, seed_idx: int) -> SiteSignature:
+        """Return what a kernel for this seed must fit. Any thread."""
+        self.check_seed(seed_idx)
+        return signature(
+            self.default_transform,
+            self.host_name,
+            self.kind,
+            self._known_shapes(),
+            self.chunk(seed_idx)[1],
+        )
+
+    # ------------------------------------------------------------------ loading
+
+    async def load_kernel(self, seed_idx: int, artifact_id: str, *, alpha: float = 0.3) -> bool:
+        """Load a kernel by hand: GRAFTING at a fixed ``alpha`` until told to move on.
+
+        Awaited on the training thread, the kernel is in place when this returns; awaited on
+        another, the next ``model.step()`` puts it in place. Returns False, and logs one line, if
+        the artifact is unknown, not VALIDATED, damaged or made for another site; the host is then
+        as it was. Raises ``ValueError`` for a seed index or an alpha out of range, and
+        :class:`LifecycleError` if the seed is not DORMANT.
+        """
+        self.check_seed(seed_idx)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"{self.seed_name(seed_idx)}: alpha must lie in [0, 1], got {alpha}")
+        return await self.kasmina.load_by_hand(self, seed_idx, artifact_id, alpha)
+
+    def request_germination(
+        self, seed_idx: int, artifact_id: str, strategy: GraftingStrategy | None = None
+    ) -> None:
+        """Take a DORMANT seed for a kernel; it is loaded in the background after the next step."""
+        self.check_seed(seed_idx)
+        self.kasmina.request(self, seed_idx, artifact_id, strategy or GraftingStrategy())
+
+    def cancel_germination(self, seed_idx: int) -> None:
+        """Give up a seed that is GERMINATED or in TRAINING; it is DORMANT again at once."""
+        self._move(seed_idx, SeedState.CANCELLED, "cancelled")
+        self._vacate(seed_idx)
+        self._move(seed_idx, SeedState.DORMANT, "cancelled")
+
+    # ------------------------------------------------------------------ the verbs of a life
+
+    def train(self, seed_idx: int, kernel: Kernel) -> None:
+        """LOADING > TRAINING: seat the kernel; it learns, the host does not hear it."""
+        self._move(seed_idx, SeedState.TRAINING, "kernel loaded", kernel.artifact_id)
+        self._occupy(seed_idx, kernel).isolated = True
+
+    def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
+        """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
+        self._check_state(seed_idx, SeedState.TRAINING, SeedState.GRAFTING)
+        self._move(seed_idx, SeedState.GRAFTING, "trained in isolation")
+        self._seat(seed_idx).isolated = False
+        self._ramp(seed_idx, strategy)
+
+    def graft_new(
+        self, seed_idx: int, kernel: Kernel, strategy: GraftingStrategy | None, alpha: float
+    ) -> None:
+        """LOADING > GRAFTING: for fixed functions (with a ramp), and by hand (a fixed alpha)."""
+        self._check_state(seed_idx, SeedState.LOADING, SeedState.GRAFTING)
+        self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", kernel.artifact_id)
+        self._occupy(seed_idx, kernel)
+        if strategy is None:
+            self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
+        else:
+            self._ramp(seed_idx, strategy)
+
+    def stabilize(self, seed_idx: int, alpha: float | None = None) -> None:
+        """GRAFTING > STABILIZATION: alpha is fixed (at its target, or as given), the seed frozen."""
+        self._move(seed_idx, SeedState.STABILIZATION, "alpha reached its target")
+        if alpha is None:
+            alpha = self.state_layout.value("alpha_target", seed_idx)
+        self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
+
+    def evaluate(self, seed_idx: int) -> None:
+        """STABILIZATION > EVALUATING: the next validation measures the seed's contribution."""
+        self._move(seed_idx, SeedState.EVALUATING, "ready to be judged")
+
+    def fine_tune(self, seed_idx: int, reason: str = "kept") -> None:
+        """EVALUATING > FINE_TUNING: alpha 1, seed and host learn together."""
+        self._move(seed_idx, SeedState.FINE_TUNING, reason)
+        self.kasmina.bank.set_alpha(self.first_seed + seed_idx, 1.0)
+
+    def keep(self, seed_idx: int, reason: str) -> None:
+        """EVALUATING > FINE_TUNING, or > FOSSILIZED if the kernel has nothing to tune."""
+        self._check_state(seed_idx, SeedState.EVALUATING, SeedState.FINE_TUNING)
+        learns = bool(self._seat(seed_idx).kernel.weights())
+        (self.fine_tune if learns else self.fossilize)(seed_idx, reason)
+
+    def fossilize(self, seed_idx: int, reason: str = "done") -> None:
+        """EVALUATING or FINE_TUNING > FOSSILIZED: the kernel is part of the network for good."""
+        self._move(seed_idx, SeedState.FOSSILIZED, reason)
+        self.kasmina.bank.set_alpha(self.first_seed + seed_idx, 1.0)
+
+    def cull(self, seed_idx: int, reason: str) -> None:
+        """Any state with a kernel but FOSSILIZED > CULLED: the layer is given back untouched."""
+        self._move(seed_idx, SeedState.CULLED, reason)
+        self._vacate(seed_idx)
+
+    def evict(self, seed_idx: int) -> None:
+        """Give the layer back whatever the seed's state, since its bank is about to go."""
+        self._vacate(seed_idx)
+
+    def revive(self, seed_idx: int) -> None:
+        """CULLED > DORMANT: the embargo is over."""
+        self._move(seed_idx, SeedState.DORMANT, "embargo is over")
+
+    def germinate(self, seed_idx: int, artifact_id: str) -> None:
+        """DORMANT > GERMINATED: the seed is taken."""
+        self._move(seed_idx, SeedState.GERMINATED, "germination requested", artifact_id)
+
+    def await_kernel(self, seed_idx: int) -> None:
+        """GERMINATED > LOADING: its kernel is being prepared."""
+        self._move(seed_idx, SeedState.LOADING, "kernel is being prepared")
+
+    def reject_kernel(self, seed_idx: int, error: BaseException) -> None:
+        """LOADING > CULLED > DORMANT: no kernel came; the seed's error count rises by one.
+
+        Without an embargo: that a load failed says nothing about the place.
+        """
+        self._check_state(seed_idx, SeedState.LOADING, SeedState.CULLED)
+        bank, index = self.kasmina.bank, self.first_seed + seed_idx
+        bank.write("error_count", index, bank.mirror["error_count"][index] + 1)
+        logger.error("%s: kernel not loaded: %s", self.seed_name(seed_idx), error)
+        self._move(seed_idx, SeedState.CULLED, f"{type(error).__name__}: {error}")
+        self.revive(seed_idx)
+
+    @contextlib.contextmanager
+    def silenced(self, seed_idx: int) -> Iterator[None]:
+        """Run the block with the seed's alpha at 0: the counterfactual of its contribution."""
+        bank, index = self.kasmina.bank, self.first_seed + seed_idx
+        alpha = bank.mirror["alpha_blend"][index]
+        bank.write("alpha_blend", index, 0.0)
+        try:
+            yield
+        finally:
+            bank.write("alpha_blend", index, alpha)
+
+    def kernel(self, seed_idx: int) -> Kernel | None:
+        """Return the kernel in a seed's place, or None."""
+        seats = seats_of(self.default_transform)
+        occupied = seats is not None and str(seed_idx) in seats
+        return self._seat(seed_idx).kernel if occupied else None
+
+    def quarantine_reason(self, seed_idx: int) -> str | None:
+        """Return why the seed was taken out of the output for good, or None if it was not."""
+        if not self.kasmina.bank.mirror["fallback_active"][self.first_seed + seed_idx]:
+            return None
+        if self._seat(seed_idx).failed:
+            return "its kernel raised an error"
+        return f"non-finite numbers in {self.kasmina.settings.max_errors} steps"
+
+    # ------------------------------------------------------------------ observation
+
+    def arm(self) -> None:
+        """Let the next forwards report to :meth:`observe`."""
+        self.default_transform.__dict__[morph.OBSERVER] = self
+        self.default_transform.__class__ = morph.observing_class(self._resting_class())
+
+    def rest(self) -> None:
+        """Give the layer the class that it has when it is not observed."""
+        self.default_transform.__dict__.pop(morph.OBSERVER, None)
+        self.default_transform.__class__ = self._resting_class()
+
+    def observe(self, inp: Tensor, out: Tensor, timer: morph.DeviceTimer) -> None:
+        """Take in one forward: shapes always, statistics on observed training steps."""
+        self.shapes = observed_shapes(self.kind, inp, out)
+        self.dtype = out.dtype
+        self.num_seeds = self._seeds_that_fit(self.num_seeds)
+        if not self.kasmina.observing:
+            self.rest()
+            return
+        if not (self.default_transform.training and torch.is_grad_enabled()):
+            return
+        health = self.kasmina.bank.fields["health_accumulator"]
+        place = (self.shapes.channel_dim, health, self.first_seed, self.num_seeds)
+        ops.observe(out.detach(), *place)
+        if out.requires_grad:
+            out.register_hook(functools.partial(_observe_gradient, place))
+        self._timer = timer
+
+    def observed_time_us(self) -> float:
+        """Return the time of the last observed forward; on CUDA only after its step completed."""
+        return 0.0 if self._timer is None else self._timer.elapsed_us()
+
+    # ------------------------------------------------------------------ seats
+
+    def _seat(self, seed_idx: int) -> Seat:
+        seats = seats_of(self.default_transform)
+        assert seats is not None
+        seat = seats[str(seed_idx)]
+        assert isinstance(seat, Seat)
+        return seat
+
+    def _occupy(self, seed_idx: int, kernel: Kernel) -> Seat:
+        chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
+        cell = SeedCell(self.kasmina.bank, self.first_seed + seed_idx)
+        seat = Seat(self.seed_name(seed_idx), kernel, cell, chunk)
+        seat.train(self.default_transform.training)
+        if seats_of(self.default_transform) is None:
+            self.default_transform.add_module(SEATS, Seats())
+        seats = seats_of(self.default_transform)
+        assert seats is not None
+        seats[str(seed_idx)] = seat
+        self.rest()
+        index = self.first_seed + seed_idx
+        self.kasmina.bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
+        self.kasmina.seat_taken(seat)
+        return seat
+
+    def _vacate(self, seed_idx: int) -> None:
+        self.kasmina.bank.clear(self.first_seed + seed_idx)
+        seats = seats_of(self.default_transform)
+        if seats is None or str(seed_idx) not in seats:
+            return
+        seat = self._seat(seed_idx)
+        del seats[str(seed_idx)]
+        if not seats:
+            del self.default_transform._modules[SEATS]
+            self.rest()
+        self.kasmina.seat_given_back(seat)
+
+    def _ramp(self, seed_idx: int, strategy: GraftingStrategy) -> None:
+        self.kasmina.bank.start_ramp(
+            self.first_seed + seed_idx,
+            strategy.alpha_target,
+            strategy.grafting_steps,
+            strategy.curve,
+        )
+
+    def _check_state(self, seed_idx: int, only_source: SeedState, target: SeedState) -> None:
+        """Refuse the verbs that take one of several edges to ``target`` on all the others."""
+        source = self.state(seed_idx)
+        if source is not only_source:
+            raise LifecycleError(
+                f"{self.seed_name(seed_idx)}: no edge {source.name} > {target.name} by this call, "
+                f"only {only_source.name} > {target.name}"
+            )
+
+    def _move(
+        self, seed_idx: int, target: SeedState, reason: str, artifact_id: str | None = None
+    ) -> None:
+        source = self.state(seed_idx)
+        check_edge(source, target, self.seed_name(seed_idx))
+        bank, index = self.kasmina.bank, self.first_seed + seed_idx
+        bank.write("lifecycle_states", index, target)
+        bank.write("last_update_epoch", index, self.kasmina.epoch)
+        if source in OCCUPIED and target in OCCUPIED:
+            _let_learn(self._seat(seed_idx), target in LEARNING)
+        self.kasmina.record_transition(self, seed_idx, source, target, reason, artifact_id)
+
+    def _resting_class(self) -> type[nn.Module]:
+        occupied = seats_of(self.default_transform) is not None
+        return morph.active_class(self.host_class) if occupied else self.host_class
+
+    def _known_shapes(self) -> SiteShapes:
+        if self.shapes is None:
+            raise EsperError(
+                f"layer '{self.name}' ({self.host_name}) has shown no output yet, so its width is "
+                "unknown; run one forward first"
+            )
+        return self.shapes
+
+    def _seeds_that_fit(self, wanted: int) -> int:
+        if self.shapes is None or self.shapes.channels >= wanted:
+            return wanted
+        logger.warning(
+            "layer '%s' has %d channels and gets as many seeds, not %d",
+            self.name,
+            self.shapes.channels,
+            wanted,
+        )
+        return self.shapes.channels
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    parameter = next(module.parameters(recurse=False), None)
+    return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+
+def _let_learn(seat: Seat, learns: bool) -> None:
+    for parameter in seat.parameters():
+        parameter.requires_grad_(learns)
+        if not learns:
+            parameter.grad = None  # optimizers skip it; a zero gradient would still decay it
+
+
+def _observe_gradient(place: tuple[int, Tensor, int, int], grad: Tensor) -> None:
+    ops.observe_grad(grad, *place)

@@ -1,0 +1,235 @@
+"""``esper.wrap``: planting seeds on a model, and the model that it becomes.
+
+Only the root's class is exchanged, for a cached subclass without a ``forward`` of its own, as
+FSDP2 does. The layers stay as they are until a seed germinates.
+"""
+
+import copy
+import threading
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from esper.config import SeedSettings
+from esper.errors import EsperError
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.lifecycle import OCCUPIED
+from esper.kasmina.loader import KernelSource
+from esper.kasmina.morph import made_once
+from esper.kasmina.site import SiteType, site_type, site_type_names
+
+_KASMINA = "_esper_kasmina"
+
+
+class MorphableModel(nn.Module):
+    """A wrapped model: the user's own module with these methods added. Made by :func:`wrap`."""
+
+    @property
+    def kasmina(self) -> Kasmina:
+        """The execution layer: all seeds of this model."""
+        kasmina: Kasmina = self.__dict__[_KASMINA]
+        return kasmina
+
+    @property
+    def kasmina_layers(self) -> dict[str, KasminaLayer]:
+        """Handles of all layers that carry seeds, by FQN."""
+        return self.kasmina.layers
+
+    def connect(self, library: KernelSource) -> None:
+        """Let kernels be loaded from ``library``, for example an :class:`esper.Urza`."""
+        self.kasmina.connect(library)
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, **group_options: Any) -> None:
+        """Have new kernels' parameters join ``optimizer`` as groups with these options.
+
+        They leave it, with their state, when their seed is culled.
+        """
+        self.kasmina.optimizer = optimizer
+        self.kasmina.group_options = group_options
+
+    async def load_kernel(
+        self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3
+    ) -> bool:
+        """Load a kernel by hand; see :meth:`KasminaLayer.load_kernel`.
+
+        Raises ``ValueError`` for an unknown layer, a seed index or an alpha out of range.
+        """
+        return await self.kasmina.layer(layer_name).load_kernel(seed_idx, artifact_id, alpha=alpha)
+
+    def step(self) -> None:
+        """Apply what is due between two steps. Call it after ``optimizer.step()``.
+
+        Never waits and never synchronises with the device; about a microsecond or less when
+        nothing is due. Errors of single seeds are logged and recorded, not raised.
+        """
+        kasmina = self.__dict__[_KASMINA]
+        kasmina.step_count += 1
+        kasmina.training_thread = threading.get_ident()
+        if (
+            kasmina.num_occupied
+            or kasmina.tenancies
+            or kasmina.inbox
+            or kasmina.step_count >= kasmina.next_due
+        ):
+            kasmina.advance()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MorphableModel":
+        # Written out, since the default goes through __reduce_ex__, which drops the seeds.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the plain host model; a grown one is refused, its kernels being code."""
+        grown = self.kasmina.seeds_in(OCCUPIED)
+        if grown:
+            raise EsperError(f"a model with kernels in place cannot be pickled: {grown}")
+        self.kasmina.release()  # no layer is pickled in a class that is only borrowed
+        return _rebuild, (_host_class(type(self)),), _host_state(self)
+
+
+def wrap(
+    net: nn.Module,
+    target_layers: Iterable[str | type[nn.Module]] | None = None,
+    *,
+    seeds_per_layer: int = 4,
+    telemetry_enabled: bool = True,
+    settings: SeedSettings | None = None,
+) -> MorphableModel:
+    """Plant dormant seeds on the layers of ``net``, in place, and return it as MorphableModel.
+
+    ``target_layers`` names layers by FQN or by type; by default every Linear, Conv2d, ReLU, GELU,
+    Tanh and Sigmoid gets seeds. While they are dormant, outputs, gradients and ``state_dict()``
+    are bit-identical to the unwrapped model's, and the layers run the very same code.
+    ``settings`` replaces all other options at once.
+
+    Raises ``TypeError`` if ``net`` is no module, ``ValueError`` if it is already wrapped, has no
+    layer that can carry seeds, or an option is out of range. A refused call changes nothing.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"esper.wrap expects a torch.nn.Module, got {type(net).__name__}")
+    wrapped = [name for name, module in net.named_modules() if isinstance(module, MorphableModel)]
+    if wrapped:
+        raise ValueError(f"{type(net).__name__} is already wrapped (at '{wrapped[0]}')")
+    if settings is None:
+        if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int):
+            raise TypeError(f"seeds_per_layer must be an int, got {seeds_per_layer!r}")
+        if seeds_per_layer < 1:
+            raise ValueError(f"seeds_per_layer must be at least 1, got {seeds_per_layer}")
+        settings = SeedSettings(
+            seeds_per_layer=seeds_per_layer, telemetry_enabled=telemetry_enabled
+        )
+    _check_names_are_free(net)
+    sites = _find_sites(net, target_layers)
+    kasmina = Kasmina(sites, settings, _device_of(net))
+    net.__dict__[_KASMINA] = kasmina
+    net.__class__ = _morphable_class(type(net))
+    kasmina.plant()
+    return cast(MorphableModel, net)
+
+
+def unwrap(model: nn.Module, *, discard_kernels: bool = False) -> nn.Module:
+    """Take the seeds off again; the model is exactly what it was, with its trained weights.
+
+    Raises ``TypeError`` if the model is not wrapped, and :class:`EsperError` if kernels are in
+    place, unless ``discard_kernels`` says that they may be lost.
+    """
+    if not isinstance(model, MorphableModel):
+        raise TypeError(f"{type(model).__name__} is not wrapped by esper.wrap")
+    kasmina = model.kasmina
+    grown = kasmina.seeds_in(OCCUPIED)
+    if grown and not discard_kernels:
+        raise EsperError(
+            f"kernels are in place at {grown}; unwrap(model, discard_kernels=True) removes them"
+        )
+    for name, seed_idx in grown:
+        kasmina.layer(name).evict(seed_idx)
+    kasmina.release()
+    kasmina.close()
+    del model.__dict__[_KASMINA]
+    net: nn.Module = model
+    net.__class__ = _host_class(type(model))
+    return net
+
+
+@made_once
+def _morphable_class(host: type[nn.Module]) -> type[nn.Module]:
+    name = f"Morphable{host.__name__}"
+    return type(name, (MorphableModel, host), {"__module__": host.__module__})
+
+
+def _host_class(morphable: type[nn.Module]) -> type[nn.Module]:
+    host = morphable.__bases__[1]
+    assert issubclass(host, nn.Module)
+    return host
+
+
+def _rebuild(host: type[nn.Module]) -> nn.Module:
+    return host.__new__(host)
+
+
+def _host_state(model: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in model.__dict__.items() if name != _KASMINA}
+
+
+def _check_names_are_free(net: nn.Module) -> None:
+    ours = {name for name in vars(MorphableModel) if not name.startswith("_")}
+    taken = sorted(name for name in ours if hasattr(net, name))
+    if taken:
+        raise ValueError(
+            f"{type(net).__name__} has attributes that a MorphableModel needs: {', '.join(taken)}"
+        )
+
+
+def _find_sites(
+    net: nn.Module, target_layers: Iterable[str | type[nn.Module]] | None
+) -> dict[str, tuple[nn.Module, SiteType]]:
+    modules = dict(net.named_modules())
+    wanted = modules if target_layers is None else _select(modules, target_layers)
+    sites = {
+        name: (module, kind)
+        for name, module in wanted.items()
+        if (kind := site_type(module)) is not None
+    }
+    if not sites:
+        raise ValueError(
+            f"{type(net).__name__} has no layer that can carry seeds "
+            f"(those that can: {', '.join(site_type_names())})"
+        )
+    return sites
+
+
+def _select(
+    modules: dict[str, nn.Module], target_layers: Iterable[str | type[nn.Module]]
+) -> dict[str, nn.Module]:
+    """Return the modules that are named, or whose type is; every name must be a site."""
+    if isinstance(target_layers, str):
+        raise TypeError(f"target_layers must be a list of names, got the string {target_layers!r}")
+    selected = {}
+    for target in target_layers:
+        if isinstance(target, str):
+            selected[target] = _named_site(modules, target)
+        else:
+            selected |= {name: m for name, m in modules.items() if type(m) is target}
+    return {name: modules[name] for name in modules if name in selected}
+
+
+def _named_site(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    if name not in modules:
+        raise ValueError(f"Layer {name} not found")
+    if site_type(modules[name]) is None:
+        raise ValueError(
+            f"Layer {name} is a {type(modules[name]).__name__}, which cannot carry seeds "
+            f"(those that can: {', '.join(site_type_names())})"
+        )
+    return modules[name]
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    parameter = next(net.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
