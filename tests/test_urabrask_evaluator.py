@@ -1,0 +1,133 @@
+"""Urabrask between library and bus, with its real worker process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from urabrask_artifacts import ACT, Artifact, artifact, graph, residual_mlp
+
+from esper.config import EvaluatorSettings
+from esper.contracts import (
+    Blueprint,
+    KernelBundle,
+    KernelCharacterized,
+    KernelReady,
+    KernelStatus,
+    Topic,
+)
+from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError
+from esper.oona import MemoryBus
+from esper.trust import verify_bundle
+from esper.urabrask import Urabrask
+from esper.urza import Urza
+
+SETTINGS = EvaluatorSettings(timeout_s=10.0, batch_sizes=(1, 7), timed_rounds=5)
+
+
+@pytest.fixture
+def urza(tmp_path: Path) -> Urza:
+    return Urza(tmp_path)
+
+
+@pytest.fixture
+def bus() -> MemoryBus:
+    return MemoryBus()
+
+
+@pytest.fixture
+async def urabrask(urza: Urza, bus: MemoryBus) -> AsyncIterator[Urabrask]:
+    async with Urabrask(urza, bus, SETTINGS) as urabrask:
+        yield urabrask
+
+
+def publish(urza: Urza, specimen: Artifact) -> str:
+    """Publish an artifact together with a blueprint for it."""
+    manifest, files = specimen
+    blueprint = Blueprint(
+        design=manifest.design,
+        site=manifest.site,
+        dtype=manifest.dtype,
+        graph_digest=manifest.files["graph.json"],
+        num_parameters=manifest.num_parameters,
+        flops_per_sample=manifest.flops_per_sample,
+    )
+    blueprint_id = urza.submit_blueprint(blueprint, files["graph.json"])
+    return urza.publish_kernel(manifest.model_copy(update={"blueprint_id": blueprint_id}), files)
+
+
+def exploding() -> Artifact:
+    logarithm = graph(("aten.log.default", (ACT,)))
+    return artifact(logarithm, logarithm)
+
+
+async def test_a_validated_kernel_may_be_loaded(urza: Urza, urabrask: Urabrask) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    report = await urabrask.evaluate(artifact_id)
+
+    assert report.status is KernelStatus.VALIDATED
+    assert urza.report(artifact_id) == report
+    bundle = urza.fetch_kernel(artifact_id)
+    verify_bundle(bundle, urza.trusted_key)
+    assert bundle.record.tags == report.tags
+    assert report.measurement is not None
+    assert bundle.record.latency_us == report.measurement.forward_p50_us
+
+
+async def test_waiting_and_announced_kernels_are_judged_once(
+    urza: Urza, bus: MemoryBus, urabrask: Urabrask, caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting, announced = publish(urza, residual_mlp()), publish(urza, exploding())
+    running = asyncio.create_task(urabrask.run())
+    verdicts = bus.subscribe(Topic.KERNEL_CHARACTERIZED, "test")
+    characterized = [await anext(verdicts), await anext(verdicts)]
+    late = publish(urza, residual_mlp(dtype="float64"))
+    for artifact_id in (waiting, announced, "0" * 64, late):
+        bus.publish(Topic.KERNEL_READY, "tezzeret", KernelReady(artifact_id=artifact_id))
+    characterized.append(await anext(verdicts))
+    bus.close()
+    await running
+    await verdicts.aclose()
+
+    payloads = [message.payload for message in characterized]
+    assert [(p.artifact_id, p.status) for p in payloads if isinstance(p, KernelCharacterized)] == [
+        (waiting, KernelStatus.VALIDATED),
+        (announced, KernelStatus.REJECTED),
+        (late, KernelStatus.VALIDATED),
+    ]
+    assert urza.kernel(announced).status is KernelStatus.REJECTED
+    assert "kernel 000000000000 was not evaluated: " in caplog.text
+
+
+async def test_run_without_a_bus_ends_when_nothing_waits(urza: Urza) -> None:
+    async with Urabrask(urza, settings=SETTINGS) as urabrask:
+        await urabrask.run()
+
+
+async def test_tampered_bytes_get_no_verdict(
+    urza: Urza, urabrask: Urabrask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    bundle = urza.fetch_kernel(artifact_id)
+    tampered = KernelBundle(
+        record=bundle.record, files=bundle.files | {"params.safetensors": b"tampered"}
+    )
+    monkeypatch.setattr(urza, "fetch_kernel", lambda artifact_id: tampered)
+    with pytest.raises(ArtifactIntegrityError, match=r"params\.safetensors"):
+        await urabrask.evaluate(artifact_id)
+    assert urza.kernel(artifact_id).status is KernelStatus.PENDING_BENCHMARKING
+
+
+async def test_a_bundle_of_another_artifact_gets_no_verdict(
+    urza: Urza, urabrask: Urabrask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = publish(urza, residual_mlp()), publish(urza, exploding())
+    bundle = urza.fetch_kernel(good)
+    monkeypatch.setattr(urza, "fetch_kernel", lambda artifact_id: bundle)
+    with pytest.raises(ArtifactIntegrityError, match=f"{bad}: its manifest is that of artifact"):
+        await urabrask.evaluate(bad)
+
+
+async def test_unknown_kernels_are_an_error(urabrask: Urabrask) -> None:
+    with pytest.raises(ArtifactNotFoundError):
+        await urabrask.evaluate("0" * 64)

@@ -1,0 +1,54 @@
+"""Tags, risk and confidence follow fixed rules."""
+
+import pytest
+from urabrask_artifacts import residual_mlp
+
+from esper.contracts import Confidence, Measurement, Pipeline
+from esper.urabrask import tags
+
+MANIFEST, _ = residual_mlp()
+
+
+def measurement(speedup: float, memory_bytes: int) -> Measurement:
+    return Measurement(
+        batch_size=32,
+        forward_p50_us=10.0,
+        forward_p99_us=20.0,
+        forward_backward_p50_us=30.0,
+        eager_forward_p50_us=10.0 * speedup,
+        memory_bytes=memory_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("speedup", "memory_bytes", "error", "expected"),
+    [
+        (1.1, 200, 1e-7, ("high_speed", "low_memory", "numerically_stable")),
+        (1.0, 300, 1e-7, ("medium_speed", "numerically_stable")),
+        (0.9, 400, 1e-5, ("medium_speed", "high_memory")),
+        (0.5, 400, 1e-5, ("low_speed", "high_memory")),
+    ],
+)
+def test_tags(speedup: float, memory_bytes: int, error: float, expected: tuple[str, ...]) -> None:
+    found = tags.tags(MANIFEST, measurement(speedup, memory_bytes), error, given_bytes=100)
+    assert found == ("residual_mlp", *expected)
+
+
+def test_risk_of_known_kernels() -> None:
+    nothing = MANIFEST.model_copy(update={"num_parameters": 0})
+    assert tags.risk_score(nothing, 0.0) == 0.0
+    assert tags.risk_score(nothing, 1.0) == 0.5
+    # Half of the logarithmic way from one rounding to a relative error of 1.
+    assert tags.risk_score(nothing, 2.0**-12) == 0.25
+    largest = nothing.model_copy(update={"num_parameters": 10_000_000})
+    assert tags.risk_score(largest, 0.0) == 0.3
+    assert tags.risk_score(largest.model_copy(update={"pipeline": Pipeline.STANDARD}), 0.0) == 0.4
+    worst = largest.model_copy(update={"pipeline": Pipeline.AGGRESSIVE, "num_parameters": 10**9})
+    assert tags.risk_score(worst, 100.0) == 1.0
+
+
+def test_confidence() -> None:
+    half = MANIFEST.model_copy(update={"dtype": "bfloat16"})
+    assert tags.confidence(MANIFEST, random_training=False) is Confidence.HIGH
+    assert tags.confidence(MANIFEST, random_training=True) is Confidence.MODERATE
+    assert tags.confidence(half, random_training=False) is Confidence.MODERATE
