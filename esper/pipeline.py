@@ -1,0 +1,286 @@
+"""The whole pipeline beside a training loop: all workers on one event loop in one thread.
+
+The training thread only appends (to the bus, to Kasmina's inbox) and goes on. Compiling and
+benchmarking happen in child processes; this thread awaits them.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from esper import blueprints
+from esper.config import EvaluatorSettings, ForgeSettings
+from esper.contracts import (
+    Design,
+    EpochEvent,
+    KasminaControlCommand,
+    KernelQuery,
+    LifecycleEvent,
+    OonaMessage,
+    SeedId,
+    SiteSignature,
+    Topic,
+)
+from esper.errors import BlueprintError, EsperError
+from esper.kasmina.execution import Observation
+from esper.kasmina.health import health_batch
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.model import MorphableModel
+from esper.oona import MemoryBus, Oona
+from esper.oona.bus import TELEMETRY
+from esper.tamiyo import Policy, Tamiyo
+from esper.tezzeret import Tezzeret
+from esper.urabrask import Urabrask
+from esper.urza import Urza
+
+logger = logging.getLogger(__name__)
+
+# Designs that are nonlinear in the layer's input. On a Linear or convolution a linear one computes
+# nothing that the host could not learn by itself.
+NONLINEAR_DESIGNS = frozenset({"residual_mlp", "gated", "conv_bottleneck"})
+
+DesignsFor = Callable[[SiteSignature], Iterable[Design]]
+
+
+class Pipeline:
+    """Runs Urza's clients, Tezzeret, Urabrask and Tamiyo beside the training of ``model``.
+
+    A context manager, and a callback for :class:`esper.Tolaria`: the loop's epoch events go to
+    the bus. ``library`` is an Urza or the folder of one. ``designs`` says what is compiled for a
+    site (by default every built-in design that fits). ``listener`` is called with every message but
+    telemetry, in the pipeline's thread. With ``synchronous`` the end of an epoch
+    waits until every worker has nothing left to do, so that two runs take the same decisions at
+    the same steps; otherwise training never waits.
+    """
+
+    def __init__(
+        self,
+        model: MorphableModel,
+        library: Urza | Path | str,
+        *,
+        designs: DesignsFor = blueprints.designs_for,
+        preferred_tags: frozenset[str] = NONLINEAR_DESIGNS,
+        policy: Policy | None = None,
+        forge: ForgeSettings | None = None,
+        evaluator: EvaluatorSettings | None = None,
+        bus: Oona | None = None,
+        listener: Callable[[OonaMessage], None] | None = None,
+        synchronous: bool = False,
+        timeout_s: float = 300.0,
+    ):
+        self.model = model
+        self.urza = library if isinstance(library, Urza) else Urza(library)
+        self.bus = bus or MemoryBus()
+        device = model.kasmina.bank.device.type
+        self.tezzeret = Tezzeret(self.urza, self.bus, forge or ForgeSettings(), device=device)
+        self.urabrask = Urabrask(self.urza, self.bus, evaluator or EvaluatorSettings())
+        self.tamiyo = Tamiyo(self.bus, self.urza, self._query_for, policy)
+        self._designs = designs
+        self._preferred_tags = preferred_tags
+        self._listener = listener
+        self._synchronous = synchronous
+        self._timeout_s = timeout_s
+        self._owns_library = not isinstance(library, Urza)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="esper-pipeline", daemon=True)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._observations: asyncio.Queue[Observation] = asyncio.Queue()
+
+    # ------------------------------------------------------------------ the training thread
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Connect the model and start the thread."""
+        kasmina = self.model.kasmina
+        self.model.connect(self.urza)
+        kasmina.emit_lifecycle = self._publish_lifecycle
+        kasmina.emit_observation = self._hand_over_observation
+        self._thread.start()
+        self._started.wait()
+
+    def drain(self) -> None:
+        """Wait until every worker has dealt with all that was published.
+
+        Raises :class:`EsperError` if a worker has failed, ``TimeoutError`` after ``timeout_s``.
+        """
+        self._raise_failure()
+        future = asyncio.run_coroutine_threadsafe(self._drained(), self._loop)
+        try:
+            future.result(self._timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise TimeoutError(
+                f"the pipeline has not settled in {self._timeout_s:g} s: {self.bus.stats()}"
+            ) from None
+        except concurrent.futures.CancelledError:
+            pass  # the loop ended under it, for the reason that is raised now
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Stop all workers; what is compiling or being evaluated is given up.
+
+        Raises :class:`EsperError` if a worker had failed: training went on without it.
+        """
+        kasmina = self.model.kasmina
+        kasmina.emit_lifecycle = None
+        kasmina.emit_observation = None
+        kasmina.close()
+        self.bus.close()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
+            self._loop.call_soon_threadsafe(self._stop)
+        self._thread.join(self._timeout_s)
+        if self._owns_library:
+            self.urza.close()
+        self._raise_failure()
+
+    def on_step(self, step: int, epoch: int) -> None:
+        """Nothing to do: ``model.step()`` has done it."""
+
+    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
+        """Publish the end of an epoch; Tamiyo decides on it."""
+        if self._synchronous:
+            self.drain()
+        self.bus.publish(Topic.EPOCH, "tolaria", event)
+        if self._synchronous:
+            self.drain()
+
+    def _publish_lifecycle(self, event: LifecycleEvent) -> None:
+        self.bus.publish(Topic.LIFECYCLE, f"kasmina-{event.seed_id[0]}", event)
+
+    def _hand_over_observation(self, observation: Observation) -> None:
+        self._loop.call_soon_threadsafe(self._observations.put_nowait, observation)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise EsperError(f"a worker of the pipeline failed: {self._failure!r}") from (
+                self._failure
+            )
+
+    # ------------------------------------------------------------------ the pipeline's thread
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._main = self._loop.create_task(self._work())
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(self._main)
+        except Exception as failure:
+            self._failure = failure
+            self.bus.close()
+            logger.exception("a worker of the pipeline failed; training goes on without it")
+        finally:
+            self._started.set()
+            self._loop.run_until_complete(self._dismiss())
+            self._loop.close()
+
+    def _stop(self) -> None:
+        self._main.cancel()
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.tezzeret.run())
+            tasks.create_task(self.urabrask.run())
+            tasks.create_task(self.tamiyo.run())
+            tasks.create_task(self._relay_commands())
+            tasks.create_task(self._archive_lifecycle())
+            tasks.create_task(self._publish_health())
+            tasks.create_task(self._stock_library())
+            if self._listener is not None:
+                for topic in sorted(set(Topic) - TELEMETRY):
+                    tasks.create_task(self._listen(topic, self._listener))
+            await asyncio.sleep(0)  # every task has joined its group before training goes on
+            self._started.set()
+
+    async def _dismiss(self) -> None:
+        await self.tezzeret.close()
+        await self.urabrask.close()
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _drained(self) -> None:
+        await self._observations.join()
+        await self.bus.drained()
+
+    async def _relay_commands(self) -> None:
+        async for message in self.bus.subscribe(Topic.KASMINA_COMMANDS, "kasmina"):
+            assert isinstance(message.payload, KasminaControlCommand)
+            self.model.kasmina.submit(message.payload)
+
+    async def _listen(self, topic: Topic, listener: Callable[[OonaMessage], None]) -> None:
+        async for message in self.bus.subscribe(topic, "listener"):
+            listener(message)
+
+    async def _archive_lifecycle(self) -> None:
+        async for message in self.bus.subscribe(Topic.LIFECYCLE, "urza"):
+            assert isinstance(message.payload, LifecycleEvent)
+            await asyncio.to_thread(self.urza.record_lifecycle, message.payload)
+
+    async def _publish_health(self) -> None:
+        while True:
+            observation = await self._observations.get()
+            batch = await asyncio.to_thread(health_batch, observation)
+            self.bus.publish(Topic.SEED_HEALTH, "kasmina", batch)
+            self._observations.task_done()
+
+    async def _stock_library(self) -> None:
+        """Have kernels made for every site of the model, once the first observation shows them.
+
+        The observation counts as dealt with only when the last design was submitted.
+        """
+        stocked = False
+        async for _ in self.bus.subscribe(Topic.SEED_HEALTH, "stock"):
+            if not stocked:
+                await self._submit_designs()
+                stocked = True
+
+    async def _submit_designs(self) -> None:
+        for (site, dtype), layer_names in self._sites().items():
+            for design in self._designs(site):
+                try:
+                    await self.tezzeret.submit(design, site, dtype)
+                except BlueprintError as error:
+                    logger.warning("design %s for %s: %s", design.name, layer_names, error)
+
+    def _sites(self) -> dict[tuple[SiteSignature, str], list[str]]:
+        """Return the distinct sites of the model, and which layers have them."""
+        sites: dict[tuple[SiteSignature, str], list[str]] = {}
+        for layer in self.model.kasmina_layers.values():
+            for seed_idx in range(layer.num_seeds if layer.shapes is not None else 0):
+                key = (layer.site(seed_idx), _dtype_name(layer))
+                sites.setdefault(key, []).append(layer.name)
+        return sites
+
+    def _query_for(self, seed_id: SeedId) -> KernelQuery | None:
+        layer = self.model.kasmina_layers[seed_id[0]]
+        if layer.shapes is None:
+            return None
+        return KernelQuery(
+            site=layer.site(seed_id[1]),
+            dtype=_dtype_name(layer),
+            device=self.model.kasmina.bank.device.type,
+            preferred_tags=self._preferred_tags,
+        )
+
+
+def _dtype_name(layer: KasminaLayer) -> str:
+    return str(layer.dtype).removeprefix("torch.")

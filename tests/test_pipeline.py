@@ -1,0 +1,214 @@
+"""The whole way: layer, snapshot, bus, forge, evaluator, controller, command, layer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import esper
+from esper import blueprints
+from esper.config import SeedSettings, TamiyoSettings
+from esper.contracts import (
+    CommandKind,
+    Design,
+    GraftingStrategy,
+    KasminaControlCommand,
+    KernelStatus,
+    OonaMessage,
+    SeedState,
+    SiteSignature,
+    Topic,
+)
+from esper.errors import EsperError
+from esper.kasmina.lifecycle import OCCUPIED
+from esper.kasmina.model import MorphableModel
+from esper.pipeline import Pipeline
+from esper.tamiyo import ModelView, PlateauPolicy
+from esper.urza import Urza
+
+QUICK = GraftingStrategy(
+    training_steps=4, grafting_steps=4, stabilization_steps=2, fine_tuning_steps=2
+)
+EAGER = TamiyoSettings(
+    window_epochs=2, warmup_epochs=0, cooldown_epochs=0, min_relative_improvement=1e9
+)
+
+
+def one_design(site: SiteSignature) -> list[Design]:
+    return [blueprints.get("residual_mlp")]
+
+
+def bad_design(site: SiteSignature) -> list[Design]:
+    return [Design(name="exploding", builder="esper.blueprints.bad:ExplodingBlueprint")]
+
+
+def missing_design(site: SiteSignature) -> list[Design]:
+    return [Design(name="missing", builder="esper.blueprints.nowhere:Nothing")]
+
+
+@pytest.fixture
+def model() -> MorphableModel:
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    settings = SeedSettings(seeds_per_layer=1, observe_every=2, deterministic=True)
+    return esper.wrap(net, ["0"], settings=settings)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Urza]:
+    with Urza(tmp_path / "library") as urza:
+        yield urza
+
+
+def loss_per_sample(output: Tensor, target: Tensor) -> Tensor:
+    return mse_loss(output, target, reduction="none").mean(1)
+
+
+def fit(model: MorphableModel, pipeline: Pipeline, epochs: int) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 6), torch.randn(8, 2)) for _ in range(4)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    tolaria = esper.Tolaria(model, optimizer, loss_per_sample, data, data, [pipeline])
+    tolaria.fit(epochs)
+
+
+def test_a_seed_grows_from_a_design_to_a_verdict(model: MorphableModel, library: Urza) -> None:
+    heard: list[OonaMessage] = []
+    pipeline = Pipeline(
+        model,
+        library,
+        designs=one_design,
+        policy=PlateauPolicy(EAGER, QUICK),
+        listener=heard.append,
+        synchronous=True,
+    )
+    with pipeline:
+        fit(model, pipeline, 8)
+        library.verify()
+
+    [record] = library.kernels()
+    assert record.status is KernelStatus.VALIDATED
+    path = [m.payload.target for m in heard if m.topic is Topic.LIFECYCLE]
+    assert path[:6] == [SeedState(value) for value in range(SeedState.GERMINATED, 7)]
+    assert path[6] in (SeedState.FINE_TUNING, SeedState.CULLED)
+    [report, *_] = library.field_reports()
+    assert report.artifact_id == record.artifact_id
+    assert report.evaluation is not None
+    lineage = library.lineage()
+    assert json.loads(json.dumps(lineage)) == lineage
+    kinds = {edge["kind"] for edge in lineage["edges"]}
+    assert kinds == {"compiled", "adapted"}
+    events = {entry.event for entry in library.audit.entries()}
+    assert {"kernel.published", "kernel.reported", "seed.lifecycle"} <= events
+
+
+def test_two_synchronous_runs_give_the_same_numbers(tmp_path: Path) -> None:
+    def run(folder: Path) -> tuple[list[Tensor], list[tuple[object, ...]]]:
+        torch.manual_seed(5)
+        net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        settings = SeedSettings(seeds_per_layer=2, observe_every=2, deterministic=True)
+        model = esper.wrap(net, ["0"], settings=settings)
+        moves: list[tuple[object, ...]] = []
+
+        def note(message: OonaMessage) -> None:
+            if message.topic is Topic.LIFECYCLE:
+                event = message.payload
+                moves.append((event.step, event.seed_id, event.target, event.artifact_id))
+
+        pipeline = Pipeline(
+            model,
+            folder,
+            designs=one_design,
+            policy=PlateauPolicy(EAGER, QUICK),
+            listener=note,
+            synchronous=True,
+        )
+        with pipeline:
+            fit(model, pipeline, 6)
+        return [p.detach() for p in model.parameters()], moves
+
+    first, second = run(tmp_path / "one"), run(tmp_path / "two")
+    assert first[1] == second[1]
+    assert len(first[1]) > 5
+    for ours, theirs in zip(first[0], second[0], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_bad_design_is_rejected_and_never_loaded(model: MorphableModel, library: Urza) -> None:
+    pipeline = Pipeline(
+        model, library, designs=bad_design, policy=PlateauPolicy(EAGER, QUICK), synchronous=True
+    )
+    with pipeline:
+        fit(model, pipeline, 4)
+    [record] = library.kernels()
+    assert record.status is KernelStatus.REJECTED
+    failed = [check for check in library.report(record.artifact_id).checks if not check.passed]
+    assert [check.name for check in failed] == ["finite"]
+    assert model.kasmina.seeds_in(OCCUPIED) == []
+    assert library.field_reports() == []
+
+
+def test_a_design_that_cannot_be_traced_is_logged_and_the_rest_goes_on(
+    model: MorphableModel, library: Urza, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = Pipeline(
+        model,
+        library,
+        designs=lambda site: [*missing_design(site), *one_design(site)],
+        policy=PlateauPolicy(EAGER, QUICK),
+        synchronous=True,
+    )
+    with pipeline:
+        fit(model, pipeline, 2)
+    assert "design missing for ['0']" in caplog.text
+    assert len(library.kernels(KernelStatus.VALIDATED)) == 1
+
+
+class Failing:
+    """A user's policy with a mistake in it."""
+
+    def decide(self, view: ModelView) -> list[KasminaControlCommand]:
+        raise ZeroDivisionError("policy")
+
+
+def test_when_a_worker_fails_training_goes_on_and_the_failure_is_raised_at_the_end(
+    model: MorphableModel, library: Urza
+) -> None:
+    pipeline = Pipeline(model, library, designs=one_design, policy=Failing())
+    pipeline.start()
+    fit(model, pipeline, 3)
+    assert model.kasmina.step_count == 12
+    with pytest.raises(EsperError, match=r"a worker of the pipeline failed: .*ZeroDivisionError"):
+        pipeline.drain()
+    with pytest.raises(EsperError, match="ZeroDivisionError"):
+        pipeline.close()
+
+
+class GrowAtOnce:
+    """A user's policy is a class with one method."""
+
+    def decide(self, view: ModelView) -> list[KasminaControlCommand]:
+        [seed_id] = view.health or [None]
+        if seed_id is None or view.num_adaptations:
+            return []
+        [kernel] = view.candidates(seed_id)
+        command = KasminaControlCommand(
+            kind=CommandKind.GERMINATE,
+            layer_name=seed_id[0],
+            seed_idx=seed_id[1],
+            artifact_id=kernel.artifact_id,
+            strategy=QUICK,
+            epoch=view.epochs[-1].epoch,
+            reason="now",
+        )
+        return [command]
+
+
+def test_a_users_policy_decides(model: MorphableModel, library: Urza) -> None:
+    pipeline = Pipeline(model, library, designs=one_design, policy=GrowAtOnce(), synchronous=True)
+    with pipeline:
+        fit(model, pipeline, 2)
+    assert model.kasmina_layers["0"].state(0) is SeedState.TRAINING
