@@ -1,0 +1,125 @@
+"""The report of one run: a single HTML file that needs nothing else, offline and for good."""
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from esper.contracts import KernelStatus, SeedState
+from esper.nissa import charts, formats, story
+from esper.nissa.record import KernelConsidered, LayerSummary, RunRecord
+
+GLOSSARY = {
+    "Seed": "a place on a layer where something can grow. It costs nothing while it sleeps.",
+    "Blueprint": "the design of a small network that may be grown into a seed.",
+    "Kernel": "a blueprint compiled for one kind of layer, ready to be loaded during training.",
+    "Alpha": "how far a kernel is blended in: 0 is the layer alone, 1 the kernel's full output.",
+    "Contribution": "held-out loss without the kernel minus with it: positive means that it helps.",
+    "Kasmina": "the execution layer: carries the seeds and swaps kernels in and out between steps.",
+    "Tezzeret": "the forge: compiles blueprints into kernels.",
+    "Urabrask": "the evaluator: tries out every kernel in a sandbox, and alone may validate one.",
+    "Urza": "the library: keeps blueprints, kernels, reports and the audit chain.",
+    "Oona": "the message bus between them.",
+    "Tamiyo": "the controller: notices that a layer is a bottleneck, and decides what to grow.",
+    "Tolaria": "the training loop.",
+    "Nissa": "observability: this report.",
+}
+
+
+def write_report(record: RunRecord, path: Path) -> None:
+    """Write ``record`` as one HTML file; the same record gives the same bytes."""
+    path.write_text(render_report(record), encoding="utf-8", newline="\n")
+
+
+def render_report(record: RunRecord) -> str:
+    x = charts.step_scale(record)
+    plots = (charts.loss_chart, charts.accuracy_chart, charts.alpha_chart)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            record=record,
+            headline=story.headline(record),
+            details=story.details(record),
+            designs=story.designs(record),
+            charts=[chart for plot in plots if (chart := plot(record, x))],
+            epoch_ticks=charts.epoch_ticks(record, x),
+            markers=charts.markers(record, x),
+            timelines=charts.timelines(record, x),
+            widest=max((layer.channels for layer in record.before + record.after), default=1),
+            lived_states=_lived_states(record),
+            network_states=_network_states(record),
+            reasons={entry.kernel.artifact_id: _reasons(entry) for entry in record.kernels},
+            glossary=GLOSSARY,
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": formats.bytes_,
+        "code": _code,
+        "count": formats.count,
+        "date": _date,
+        "duration": formats.duration,
+        "flops": formats.flops,
+        "loss": formats.loss,
+        "microseconds": formats.microseconds,
+        "number": formats.number,
+        "parameters": _parameters,
+        "percent": formats.percent,
+        "plural": formats.plural,
+        "seed": formats.seed_label,
+        "shape": _shape,
+        "state": formats.state_label,
+    }
+    return environment
+
+
+def _code(text: str) -> Markup:
+    """Set what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _shape(layer: LayerSummary) -> str:
+    return " \N{MULTIPLICATION SIGN} ".join(
+        "any" if size is None else str(size) for size in layer.output_shape
+    )
+
+
+def _reasons(entry: KernelConsidered) -> list[str]:
+    """Why the kernel was rejected; empty for the others."""
+    if entry.kernel.status is not KernelStatus.REJECTED:
+        return []
+    checks = entry.report.checks if entry.report else ()
+    return [f"{check.name}: {check.reason}" for check in checks if not check.passed] or [
+        "no reason was recorded"
+    ]
+
+
+def _lived_states(record: RunRecord) -> list[SeedState]:
+    return sorted({event.target for event in record.lifecycle} - {SeedState.DORMANT})
+
+
+def _network_states(record: RunRecord) -> list[SeedState]:
+    return sorted({seed.state for layer in record.before + record.after for seed in layer.seeds})
+
+
+def _parameters(layers: Iterable[LayerSummary]) -> int:
+    return sum(
+        layer.host_parameters + sum(seed.parameters for seed in layer.seeds) for layer in layers
+    )
