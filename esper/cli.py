@@ -1,0 +1,18 @@
+"""The command line: ``esper demo``."""
+
+import argparse
+
+from esper import demo
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand; the entry point of the ``esper`` script."""
+    parser = argparse.ArgumentParser(
+        prog="esper", description="Networks that grow while they train."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo_parser = commands.add_parser("demo", help="grow a narrow network on real data")
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(run=demo.main)
+    options = parser.parse_args(argv)
+    options.run(options)

@@ -1,0 +1,383 @@
+"""``esper demo``: a network that is too narrow grows while it learns to read digits.
+
+Trains three networks on scikit-learn's digits with the same data in the same order for the same
+number of steps: the narrow host, the host with Esper beside it, and a static network with as many
+parameters as the grown one ended up with. Choices are made on the validation set; the test set is
+looked at once, for the table.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from esper import blueprints
+from esper.config import SeedSettings, TamiyoSettings
+from esper.contracts import (
+    Design,
+    EpochEvent,
+    FieldReport,
+    GraftingStrategy,
+    KernelCharacterized,
+    LifecycleEvent,
+    OonaMessage,
+    SeedId,
+    SeedState,
+    SiteSignature,
+)
+from esper.kasmina.lifecycle import LEARNING, OCCUPIED
+from esper.kasmina.model import MorphableModel, wrap
+from esper.nissa.network import summarize_network
+from esper.nissa.progress import RunProgress, result_table
+from esper.nissa.record import ResultRow, RunRecorder
+from esper.nissa.report import write_report
+from esper.pipeline import Pipeline
+from esper.tamiyo import PlateauPolicy
+from esper.tolaria import Tolaria, evaluate, training_flops
+from esper.urza import Urza
+
+NARROW = 4  # units in each hidden layer of the host
+PIXELS, CLASSES = 64, 10
+BATCH_SIZE = 32
+SETTINGS = SeedSettings(seeds_per_layer=2, observe_every=16, embargo_steps=150)
+TAMIYO = TamiyoSettings(window_epochs=5, min_relative_improvement=0.05, warmup_epochs=8)
+STRATEGY = GraftingStrategy(
+    training_steps=100, grafting_steps=100, stabilization_steps=40, fine_tuning_steps=100
+)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The three parts of the data, each ``(images, labels)``: (N, 64) float32, (N,) int64."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    def train_loader(self, seed: int) -> DataLoader[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        dataset = TensorDataset(*self.train)
+        return DataLoader(dataset, BATCH_SIZE, shuffle=True, drop_last=True, generator=generator)
+
+
+def load_digits() -> Digits:
+    """Split the 1,797 images 60 : 20 : 20, always in the same way, each digit alike."""
+    from sklearn import datasets, model_selection
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    indices = list(range(len(labels)))
+    train, rest = model_selection.train_test_split(
+        indices, test_size=0.4, random_state=0, stratify=labels
+    )
+    validation, test = model_selection.train_test_split(
+        rest, test_size=0.5, random_state=0, stratify=labels[rest]
+    )
+
+    def part(chosen: list[int]) -> tuple[Tensor, Tensor]:
+        return (
+            torch.tensor(images[chosen], dtype=torch.float32) / 16,
+            torch.tensor(labels[chosen], dtype=torch.int64),
+        )
+
+    return Digits(part(train), part(validation), part(test))
+
+
+def make_network(width: int, seed: int) -> nn.Sequential:
+    """A multilayer perceptron with two hidden layers of ``width`` units."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        collections.OrderedDict(
+            fc1=nn.Linear(PIXELS, width),
+            act1=nn.GELU(),
+            fc2=nn.Linear(width, width),
+            act2=nn.GELU(),
+            out=nn.Linear(width, CLASSES),
+        )
+    )
+
+
+def loss_per_sample(output: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(output, target, reduction="none")
+
+
+class Demo:
+    """One run: its folder, its data, and what is recorded of it."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.seed = 0 if options.seed is None else options.seed
+        self.folder = _fresh_folder(Path(options.runs) / options.name)
+        self.digits = load_digits()
+        self.console = Console()
+        self.contributions: dict[SeedId, float] = {}
+        self.flops = FlopMeter(self.digits)
+
+    def run(self) -> None:
+        """Train all three networks, print the table and write everything into the folder."""
+        torch.set_num_threads(1)  # the other core is the pipeline's
+        model = wrap(make_network(NARROW, self.seed), settings=self._seed_settings())
+        assert isinstance(model, MorphableModel)
+        recorder = self._recorder(model)
+        with Urza(self.folder / "urza") as urza:
+            self._train(model, urza, recorder)
+            rows = self._compare(model)
+            head = urza.audit.head()
+            recorder.finish(
+                after=summarize_network(model, self.contributions), results=rows, audit_head=head
+            )
+            self._write(model, urza, recorder)
+        self.console.print(result_table(rows))
+        self.console.print(f"Everything is in {self.folder}; open {self.folder}/report.html")
+
+    def _seed_settings(self) -> SeedSettings:
+        return SETTINGS.model_copy(update={"deterministic": self._deterministic})
+
+    @property
+    def _deterministic(self) -> bool:
+        return self.options.seed is not None
+
+    def _train(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.options.lr)
+        with RunProgress(self.options.epochs, console=self.console) as progress:
+            scribe = Scribe(model, urza, recorder, progress, self.contributions)
+            pipeline = Pipeline(
+                model,
+                urza,
+                designs=_designs(self.options.with_bad_blueprint),
+                policy=PlateauPolicy(TAMIYO, STRATEGY),
+                listener=scribe.hear,
+                synchronous=self._deterministic,
+            )
+            with pipeline:
+                tolaria = Tolaria(
+                    model,
+                    optimizer,
+                    loss_per_sample,
+                    self.digits.train_loader(self.seed),
+                    [self.digits.validation],
+                    callbacks=[self.flops.follow(model), scribe, pipeline],
+                )
+                tolaria.fit(self.options.epochs)
+
+    def _compare(self, model: MorphableModel) -> list[ResultRow]:
+        grown_parameters = sum(p.numel() for p in model.parameters())
+        width = next(
+            w
+            for w in range(NARROW, 10_000)
+            if sum(p.numel() for p in make_network(w, 0).parameters()) >= grown_parameters
+        )
+        return [
+            self._static_row("narrow host as it was", NARROW, ""),
+            self._row("grown by Esper", model, float(self.flops.total()), "", grown=True),
+            self._static_row("static, same final size", width, f"hidden layers of {width} units"),
+        ]
+
+    def _static_row(self, label: str, width: int, note: str) -> ResultRow:
+        """Train a network without Esper on the same batches for the same number of steps."""
+        network = make_network(width, self.seed)
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.options.lr)
+        loader = self.digits.train_loader(self.seed)
+        steps = 0
+        for _ in range(self.options.epochs):
+            for inp, target in loader:
+                optimizer.zero_grad(set_to_none=True)
+                loss_per_sample(network(inp), target).mean().backward()
+                optimizer.step()
+                steps += 1
+        flops = steps * training_flops(network, self.flops.batch, loss_per_sample)
+        return self._row(label, network, float(flops), note)
+
+    def _row(
+        self, label: str, network: nn.Module, flops: float, note: str, *, grown: bool = False
+    ) -> ResultRow:
+        result = evaluate(network, [self.digits.test], loss_per_sample)
+        return ResultRow(
+            label=label,
+            parameters=sum(p.numel() for p in network.parameters()),
+            test_accuracy=result.accuracy,
+            test_loss=result.loss,
+            training_flops=flops,
+            note=note,
+            grown=grown,
+        )
+
+    def _recorder(self, model: MorphableModel) -> RunRecorder:
+        model(self.digits.train[0][:1])  # shows the widths of the activations
+        bad = " --with-bad-blueprint" if self.options.with_bad_blueprint else ""
+        seed = "" if self.options.seed is None else f" --seed {self.seed}"
+        return RunRecorder(
+            self.options.name,
+            network=f"{PIXELS}-{NARROW}-{NARROW}-{CLASSES}",
+            command=f"esper demo --epochs {self.options.epochs}{seed}{bad}",
+            seed=self.seed,
+            machine=f"{platform.machine()}, {platform.system()}",
+            torch_version=torch.__version__,
+            before=summarize_network(model),
+        )
+
+    def _write(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
+        record = recorder.record()
+        write_report(record, self.folder / "report.html")
+        (self.folder / "run.json").write_text(record.to_json())
+        (self.folder / "lineage.json").write_text(json.dumps(urza.lineage(), indent=2))
+        urza.audit.export_jsonl(self.folder / "audit.jsonl")
+        sample = self.digits.test[0][:2]
+        exported = torch.export.export(
+            model.eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        torch.export.save(exported, self.folder / "evolved.pt2")
+
+
+class Scribe:
+    """Writes down what happens, for the report and for whoever watches."""
+
+    def __init__(
+        self,
+        model: MorphableModel,
+        urza: Urza,
+        recorder: RunRecorder,
+        progress: RunProgress,
+        contributions: dict[SeedId, float],
+    ):
+        self.model = model
+        self.urza = urza
+        self.recorder = recorder
+        self.progress = progress
+        self.contributions = contributions
+        self._epoch_start = 0
+
+    def hear(self, message: OonaMessage) -> None:
+        """Take in a message of the bus; runs in the pipeline's thread."""
+        payload = message.payload
+        if isinstance(payload, LifecycleEvent):
+            self.recorder.add_lifecycle(payload)
+            self.progress.event(
+                f"seed {payload.seed_id[1]} on {payload.seed_id[0]}: "
+                f"{payload.source.name} > {payload.target.name} ({payload.reason})"
+            )
+        elif isinstance(payload, FieldReport):
+            self.recorder.add_field_report(payload)
+        elif isinstance(payload, KernelCharacterized):
+            self._note_kernel(payload)
+
+    def on_step(self, step: int, epoch: int) -> None:
+        alphas = {
+            (name, seed_idx): self.model.kasmina.layer(name).state_layout.value(
+                "alpha_blend", seed_idx
+            )
+            for name, seed_idx in self.model.kasmina.seeds_in(OCCUPIED)
+        }
+        self.recorder.add_alphas(step, alphas)
+
+    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
+        first = event.step - len(step_losses) + 1
+        for offset, loss in enumerate(step_losses):
+            self.recorder.add_step(first + offset, event.epoch, loss)
+        self.recorder.add_epoch(event)
+        for evaluation in event.evaluations:
+            self.contributions[evaluation.seed_id] = evaluation.contribution
+        self.progress.update_epoch(event)
+        self.progress.update_seeds(self._busy_seeds())
+
+    def _note_kernel(self, characterized: KernelCharacterized) -> None:
+        kernel = self.urza.kernel(characterized.artifact_id)
+        report = self.urza.report(characterized.artifact_id)
+        self.recorder.add_kernel(kernel, report)
+        failed = next((check for check in report.checks if not check.passed), None)
+        verdict = f"{kernel.status}: {failed.reason}" if failed else str(kernel.status)
+        site = kernel.manifest.site
+        self.progress.event(
+            f"Urabrask: {kernel.manifest.design.name} for {site.host}"
+            f"{list(site.act_shape)}: {verdict}"
+        )
+
+    def _busy_seeds(self) -> list[tuple[SeedId, SeedState, float, str | None]]:
+        kasmina = self.model.kasmina
+        busy = []
+        for name, seed_idx in kasmina.seeds_in(frozenset(SeedState) - {SeedState.DORMANT}):
+            layer = kasmina.layer(name)
+            kernel = layer.kernel(seed_idx)
+            alpha = layer.state_layout.value("alpha_blend", seed_idx)
+            design = kernel.manifest.design.name if kernel else None
+            busy.append(((name, seed_idx), layer.state(seed_idx), alpha, design))
+        return busy
+
+
+class FlopMeter:
+    """Adds up what training cost: each configuration of seeds is measured once, on a copy."""
+
+    def __init__(self, digits: Digits):
+        images, labels = digits.train
+        self.batch = images[:BATCH_SIZE], labels[:BATCH_SIZE]
+        self._steps: collections.Counter[object] = collections.Counter()
+        self._flops_per_step: dict[object, int] = {}
+        self._model: MorphableModel | None = None
+
+    def follow(self, model: MorphableModel) -> "FlopMeter":
+        self._model = model
+        return self
+
+    def total(self) -> int:
+        return sum(self._flops_per_step[key] * count for key, count in self._steps.items())
+
+    def on_step(self, step: int, epoch: int) -> None:
+        assert self._model is not None
+        kasmina = self._model.kasmina
+        key = (tuple(kasmina.seeds_in(OCCUPIED)), tuple(kasmina.seeds_in(LEARNING)))
+        if key not in self._flops_per_step:
+            self._flops_per_step[key] = training_flops(self._model, self.batch, loss_per_sample)
+        self._steps[key] += 1
+
+    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
+        """Nothing to add up at the end of an epoch."""
+
+
+def _designs(with_bad: bool) -> Callable[[SiteSignature], Iterable[Design]]:
+    """Return what is compiled for a site; the bad design must be turned down by Urabrask."""
+    if not with_bad:
+        return blueprints.designs_for
+    bad = Design(name="exploding", builder="esper.blueprints.bad:ExplodingBlueprint")
+    return lambda site: [bad, *blueprints.designs_for(site)]
+
+
+def _fresh_folder(wanted: Path) -> Path:
+    """Return ``wanted``, or with a number behind it if a run is there already; nothing is lost."""
+    for number in range(1, 10_000):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(f"{wanted} and 10,000 more exist already")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="demo", help="folder of the run below --runs")
+    parser.add_argument("--runs", default="runs", help="where runs are kept")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of Adam")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="make the run deterministic: it then waits for the pipeline at the ends of epochs",
+    )
+    parser.add_argument(
+        "--with-bad-blueprint",
+        action="store_true",
+        help="also submit a design that explodes, to see it rejected",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    logging.captureWarnings(True)
+    Demo(options).run()
