@@ -116,7 +116,7 @@ class Demo:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.seed = 0 if options.seed is None else options.seed
+        self.seed: int = options.seed
         self.folder = _fresh_folder(Path(options.runs) / options.name)
         self.digits = load_digits()
         self.console = Console()
@@ -141,11 +141,7 @@ class Demo:
         self.console.print(f"Everything is in {self.folder}; open {self.folder}/report.html")
 
     def _seed_settings(self) -> SeedSettings:
-        return SETTINGS.model_copy(update={"deterministic": self._deterministic})
-
-    @property
-    def _deterministic(self) -> bool:
-        return self.options.seed is not None
+        return SETTINGS.model_copy(update={"deterministic": not self.options.free_running})
 
     def _train(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=self.options.lr)
@@ -157,7 +153,7 @@ class Demo:
                 designs=_designs(self.options.with_bad_blueprint),
                 policy=PlateauPolicy(TAMIYO, STRATEGY),
                 listener=scribe.hear,
-                synchronous=self._deterministic,
+                synchronous=not self.options.free_running,
             )
             with pipeline:
                 tolaria = Tolaria(
@@ -214,17 +210,22 @@ class Demo:
 
     def _recorder(self, model: MorphableModel) -> RunRecorder:
         model(self.digits.train[0][:1])  # shows the widths of the activations
-        bad = " --with-bad-blueprint" if self.options.with_bad_blueprint else ""
-        seed = "" if self.options.seed is None else f" --seed {self.seed}"
         return RunRecorder(
             self.options.name,
             network=f"{PIXELS}-{NARROW}-{NARROW}-{CLASSES}",
-            command=f"esper demo --epochs {self.options.epochs}{seed}{bad}",
+            command=self._command(),
             seed=self.seed,
             machine=f"{platform.machine()}, {platform.system()}",
             torch_version=torch.__version__,
             before=summarize_network(model),
         )
+
+    def _command(self) -> str:
+        options = self.options
+        words = ["esper demo", f"--seed {self.seed} --epochs {options.epochs} --lr {options.lr:g}"]
+        words += ["--with-bad-blueprint"] if options.with_bad_blueprint else []
+        words += ["--free-running"] if options.free_running else []
+        return " ".join(words)
 
     def _write(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
         record = recorder.record()
@@ -364,12 +365,14 @@ def _fresh_folder(wanted: Path) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="demo", help="folder of the run below --runs")
     parser.add_argument("--runs", default="runs", help="where runs are kept")
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of Adam")
+    parser.add_argument("--seed", type=int, default=0, help="two runs with a seed are the same")
     parser.add_argument(
-        "--seed",
-        type=int,
-        help="make the run deterministic: it then waits for the pipeline at the ends of epochs",
+        "--free-running",
+        action="store_true",
+        help="never wait for the pipeline. By default training waits for it at the ends of epochs, "
+        "since this network learns in seconds and two runs are to give the same numbers",
     )
     parser.add_argument(
         "--with-bad-blueprint",

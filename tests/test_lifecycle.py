@@ -73,7 +73,7 @@ def layer_in(state: SeedState) -> KasminaLayer:
     loader = model.kasmina._loader
     kernel = loader.prepare(library.add(), layer.site(0), layer.dtype, model.kasmina.bank.device)
     walk = [
-        (S.GERMINATED, lambda: layer.germinate(0, kernel.artifact_id)),
+        (S.GERMINATED, lambda: layer.germinate(0, kernel.artifact_id, "test")),
         (S.LOADING, lambda: layer.await_kernel(0)),
         (S.TRAINING, lambda: layer.train(0, kernel)),
         (S.GRAFTING, lambda: layer.graft(0, GraftingStrategy())),

@@ -33,12 +33,16 @@ SETTINGS = TamiyoSettings(window_epochs=3, warmup_epochs=3, cooldown_epochs=2, m
 FLAT, FALLING = [1.0, 1.0, 1.0, 1.0], [1.0, 0.8, 0.6, 0.4]
 
 
-def epochs(losses: Sequence[float], *evaluations: SeedEvaluation) -> tuple[EpochEvent, ...]:
+def epochs(
+    losses: Sequence[float],
+    *evaluations: SeedEvaluation,
+    train_losses: Sequence[float] | None = None,
+) -> tuple[EpochEvent, ...]:
     return tuple(
         EpochEvent(
             epoch=number,
             step=10 * number,
-            train_loss=loss,
+            train_loss=loss if train_losses is None else train_losses[number],
             val_loss=loss,
             val_loss_standard_error=0.1,
             evaluations=evaluations if number == len(losses) - 1 else (),
@@ -110,13 +114,18 @@ def test_on_a_plateau_the_seed_with_the_largest_gradient_energy_germinates(
     assert "improved by 0.0%" in command.reason
 
 
-def test_a_seed_that_failed_stands_back(kernel: KernelRecord) -> None:
-    [command] = decide(view(kernel, failures={("fc", 1): frozenset({"a", "b", "c"})}))
-    assert command.seed_idx == 0
+def test_a_layer_where_kernels_were_culled_stands_back(kernel: KernelRecord) -> None:
+    health = {("fc", 1): signal(("fc", 1), 3.0), ("out", 0): signal(("out", 0), 1.0)}
+    [command] = decide(view(kernel, health=health))
+    assert command.layer_name == "fc"
+    failures = {("fc", 0): frozenset({"a"})}
+    [command] = decide(view(kernel, health=health, failures=failures))
+    assert command.layer_name == "out"
 
 
 QUIET = {
     "the loss still falls": {"losses": FALLING},
+    "overfitting": {"epochs": epochs([0.4, 0.41, 0.42, 0.43], train_losses=FALLING)},
     "too early": {"losses": FLAT[:3]},
     "too few epochs for a slope": {"losses": FLAT[:2]},
     "an adaptation is under way": {"states": {("fc", 0): S.GRAFTING}},

@@ -150,10 +150,15 @@ class Kasmina:
         return threading.get_ident() == self.training_thread
 
     def request(
-        self, layer: KasminaLayer, seed_idx: int, artifact_id: str, strategy: GraftingStrategy
+        self,
+        layer: KasminaLayer,
+        seed_idx: int,
+        artifact_id: str,
+        strategy: GraftingStrategy,
+        reason: str,
     ) -> None:
         """DORMANT > GERMINATED; loading begins at the next step boundary. Training thread."""
-        self._admit(Tenancy(layer, seed_idx, artifact_id, strategy))
+        self._admit(Tenancy(layer, seed_idx, artifact_id, strategy), reason)
 
     async def load_by_hand(
         self, layer: KasminaLayer, seed_idx: int, artifact_id: str, alpha: float
@@ -312,8 +317,8 @@ class Kasmina:
         if prepared.done():
             self.settle(tenancy)
 
-    def _admit(self, tenancy: Tenancy) -> None:
-        tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id)
+    def _admit(self, tenancy: Tenancy, reason: str = "loaded by hand") -> None:
+        tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id, reason)
         self.tenancies[tenancy.layer.name, tenancy.seed_idx] = tenancy
 
     def _admit_remotely(self, tenancy: Tenancy) -> None:
@@ -400,7 +405,9 @@ class Kasmina:
         layer.check_seed(command.seed_idx)
         if command.kind is CommandKind.GERMINATE:
             assert command.artifact_id is not None
-            layer.request_germination(command.seed_idx, command.artifact_id, command.strategy)
+            layer.request_germination(
+                command.seed_idx, command.artifact_id, command.strategy, reason=command.reason
+            )
         elif command.kind is CommandKind.KEEP:
             layer.keep(command.seed_idx, command.reason)
         else:

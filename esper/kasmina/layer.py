@@ -150,11 +150,16 @@ class KasminaLayer:
         return await self.kasmina.load_by_hand(self, seed_idx, artifact_id, alpha)
 
     def request_germination(
-        self, seed_idx: int, artifact_id: str, strategy: GraftingStrategy | None = None
+        self,
+        seed_idx: int,
+        artifact_id: str,
+        strategy: GraftingStrategy | None = None,
+        *,
+        reason: str = "by hand",
     ) -> None:
         """Take a DORMANT seed for a kernel; it is loaded in the background after the next step."""
         self.check_seed(seed_idx)
-        self.kasmina.request(self, seed_idx, artifact_id, strategy or GraftingStrategy())
+        self.kasmina.request(self, seed_idx, artifact_id, strategy or GraftingStrategy(), reason)
 
     def cancel_germination(self, seed_idx: int) -> None:
         """Give up a seed that is GERMINATED or in TRAINING; it is DORMANT again at once."""
@@ -228,9 +233,9 @@ class KasminaLayer:
         """CULLED > DORMANT: the embargo is over."""
         self._move(seed_idx, SeedState.DORMANT, "embargo is over")
 
-    def germinate(self, seed_idx: int, artifact_id: str) -> None:
+    def germinate(self, seed_idx: int, artifact_id: str, reason: str) -> None:
         """DORMANT > GERMINATED: the seed is taken."""
-        self._move(seed_idx, SeedState.GERMINATED, "germination requested", artifact_id)
+        self._move(seed_idx, SeedState.GERMINATED, reason, artifact_id)
 
     def await_kernel(self, seed_idx: int) -> None:
         """GERMINATED > LOADING: its kernel is being prepared."""

@@ -1,6 +1,7 @@
 """Tamiyo keeps what the bus tells about one model and has a policy decide at every epoch's end."""
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -42,6 +43,7 @@ class _Adaptation:
         self.kernel = kernel
         self.started_epoch = started_epoch
         self.evaluation: SeedEvaluation | None = None
+        self.verdict: str | None = None
         self.occupied = False
 
 
@@ -111,6 +113,8 @@ class Tamiyo:
             self._adaptations[seed_id] = _Adaptation(kernel, command.epoch)
             self._states[seed_id] = SeedState.GERMINATED  # on its way; no second one meanwhile
             self._num_adaptations += 1
+        elif seed_id in self._adaptations:
+            self._adaptations[seed_id].verdict = command.reason
         logger.info("%s seed %d on '%s': %s", command.kind, seed_id[1], seed_id[0], command.reason)
         self._bus.publish(Topic.KASMINA_COMMANDS, "tamiyo", command)
 
@@ -138,7 +142,7 @@ class Tamiyo:
             artifact_id=adaptation.kernel.artifact_id,
             blueprint_id=adaptation.kernel.manifest.blueprint_id,
             outcome=_outcome(event, adaptation),
-            reason=event.reason,
+            reason=adaptation.verdict or event.reason,
             started_epoch=adaptation.started_epoch,
             ended_epoch=event.epoch,
             num_parameters=adaptation.kernel.manifest.num_parameters,
@@ -159,12 +163,18 @@ class Tamiyo:
                 for adaptation in self._adaptations.values()
             ),
             last_change_epoch=self._last_change_epoch,
-            candidates=self._candidates,
+            candidates=self._candidates(),
         )
 
-    def _candidates(self, seed_id: SeedId) -> Sequence[KernelRecord]:
-        query = self._query_for(seed_id)
-        return [] if query is None else self._library.query(query)
+    def _candidates(self) -> Callable[[SeedId], Sequence[KernelRecord]]:
+        """Return a function that asks the library once for each distinct site."""
+        ask = functools.cache(self._library.query)
+
+        def candidates(seed_id: SeedId) -> Sequence[KernelRecord]:
+            query = self._query_for(seed_id)
+            return [] if query is None else ask(query)
+
+        return candidates
 
 
 def _outcome(event: LifecycleEvent, adaptation: _Adaptation) -> Outcome:

@@ -58,8 +58,9 @@ class PlateauPolicy:
     A seed under evaluation is kept if its contribution (held-out loss without it minus with it)
     exceeds ``required_standard_errors`` of its paired standard error, and culled otherwise. A new
     one is germinated when none is under way and the last ``window_epochs`` lowered the held-out
-    loss by less than ``min_relative_improvement`` of it, at the seed with the largest gradient
-    energy per unit of attempts already lost there.
+    loss by less than ``min_relative_improvement`` of it, at the seed with the largest expected
+    gain; but not while the held-out loss rises and the training loss falls, since then capacity
+    is not what is missing.
     """
 
     settings: TamiyoSettings = field(default_factory=TamiyoSettings)
@@ -70,11 +71,15 @@ class PlateauPolicy:
         verdicts = [self._judge(evaluation, now.epoch) for evaluation in now.evaluations]
         if verdicts or not self._may_grow(view):
             return verdicts
-        for seed_id in self._ranked_seeds(view):
-            kernel = self._best_kernel(view, seed_id)
-            if kernel is not None:
-                return [self._germinate(view, seed_id, kernel)]
-        return []
+        offers = [
+            (self._expected_gain(view, seed_id, kernel), seed_id, kernel)
+            for seed_id in _dormant_seeds(view)
+            if (kernel := self._best_kernel(view, seed_id)) is not None
+        ]
+        if not offers:
+            return []
+        gain, seed_id, kernel = min(offers, key=lambda offer: (-offer[0], offer[1]))
+        return [self._germinate(view, seed_id, kernel, gain)]
 
     def _judge(self, evaluation: SeedEvaluation, epoch: int) -> KasminaControlCommand:
         needed = self.settings.required_standard_errors * evaluation.standard_error
@@ -100,25 +105,28 @@ class PlateauPolicy:
         changed = view.last_change_epoch
         if changed is not None and epoch - changed < settings.cooldown_epochs:
             return False
-        return self._plateau(view.epochs)
+        return self._capacity_is_exhausted(view.epochs)
 
-    def _plateau(self, epochs: Sequence[EpochEvent]) -> bool:
-        losses = [event.val_loss for event in epochs[-self.settings.window_epochs :]]
-        if len(losses) < self.settings.window_epochs:
+    def _capacity_is_exhausted(self, epochs: Sequence[EpochEvent]) -> bool:
+        window = epochs[-self.settings.window_epochs :]
+        if len(window) < self.settings.window_epochs:
             return False
-        return relative_improvement(losses) < self.settings.min_relative_improvement
+        held_out = relative_improvement([event.val_loss for event in window])
+        trained = relative_improvement([event.train_loss for event in window])
+        overfitting = held_out < 0 < trained
+        return held_out < self.settings.min_relative_improvement and not overfitting
 
-    def _ranked_seeds(self, view: ModelView) -> list[SeedId]:
-        def score(seed_id: SeedId) -> float:
-            attempts = len(view.failures.get(seed_id, ()))
-            return view.health[seed_id].gradient_energy / (1 + attempts)
+    def _expected_gain(self, view: ModelView, seed_id: SeedId, kernel: KernelRecord) -> float:
+        """Return how fast the loss would fall if a zero-initialised linear branch started there.
 
-        dormant = [
-            seed_id
-            for seed_id in view.health
-            if view.states.get(seed_id, SeedState.DORMANT) is SeedState.DORMANT
-        ]
-        return sorted(dormant, key=lambda seed_id: (-score(seed_id), seed_id))
+        The branch's gradient is the outer product of the chunk's gradient and the layer's input;
+        for inputs of unit variance its squared norm is energy * chunk width * input width. Each
+        kernel that was culled at the same layer before makes the hope four times smaller.
+        """
+        site = kernel.manifest.site
+        energy = view.health[seed_id].gradient_energy
+        culled = sum(len(ids) for (name, _), ids in view.failures.items() if name == seed_id[0])
+        return energy * site.act_channels * site.inp_channels / 4.0**culled
 
     def _best_kernel(self, view: ModelView, seed_id: SeedId) -> KernelRecord | None:
         budget = self.settings.max_parameters
@@ -131,7 +139,7 @@ class PlateauPolicy:
         return None
 
     def _germinate(
-        self, view: ModelView, seed_id: SeedId, kernel: KernelRecord
+        self, view: ModelView, seed_id: SeedId, kernel: KernelRecord, gain: float
     ) -> KasminaControlCommand:
         losses = [event.val_loss for event in view.epochs[-self.settings.window_epochs :]]
         return KasminaControlCommand(
@@ -143,10 +151,17 @@ class PlateauPolicy:
             epoch=view.epochs[-1].epoch,
             reason=(
                 f"held-out loss improved by {relative_improvement(losses):.1%} in "
-                f"{len(losses)} epochs; gradient energy "
-                f"{view.health[seed_id].gradient_energy:.3g} is the largest on offer"
+                f"{len(losses)} epochs; the expected gain {gain:.3g} is the largest on offer"
             ),
         )
+
+
+def _dormant_seeds(view: ModelView) -> list[SeedId]:
+    return [
+        seed_id
+        for seed_id in view.health
+        if view.states.get(seed_id, SeedState.DORMANT) is SeedState.DORMANT
+    ]
 
 
 def relative_improvement(losses: Sequence[float]) -> float:
