@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,25 +26,19 @@ from esper import blueprints
 from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
     Design,
-    EpochEvent,
-    FieldReport,
     GraftingStrategy,
-    KernelCharacterized,
-    LifecycleEvent,
-    OonaMessage,
     SeedId,
-    SeedState,
     SiteSignature,
 )
-from esper.kasmina.lifecycle import LEARNING, OCCUPIED
 from esper.kasmina.model import MorphableModel, wrap
 from esper.nissa.network import summarize_network
 from esper.nissa.progress import RunProgress, result_table
 from esper.nissa.record import ResultRow, RunRecorder
 from esper.nissa.report import write_report
+from esper.nissa.scribe import Scribe
 from esper.pipeline import Pipeline
 from esper.tamiyo import PlateauPolicy
-from esper.tolaria import Tolaria, evaluate, training_flops
+from esper.tolaria import FlopMeter, Tolaria, evaluate, training_flops
 from esper.urza import Urza
 
 NARROW = 4  # units in each hidden layer of the host
@@ -121,7 +115,8 @@ class Demo:
         self.digits = load_digits()
         self.console = Console()
         self.contributions: dict[SeedId, float] = {}
-        self.flops = FlopMeter(self.digits)
+        images, labels = self.digits.train
+        self.batch = images[:BATCH_SIZE], labels[:BATCH_SIZE]
 
     def run(self) -> None:
         """Train all three networks, print the table and write everything into the folder."""
@@ -130,8 +125,9 @@ class Demo:
         assert isinstance(model, MorphableModel)
         recorder = self._recorder(model)
         with Urza(self.folder / "urza") as urza:
-            self._train(model, urza, recorder)
-            rows = self._compare(model)
+            flops = FlopMeter(model, self.batch, loss_per_sample)
+            self._train(model, urza, recorder, flops)
+            rows = self._compare(model, flops)
             head = urza.audit.head()
             recorder.finish(
                 after=summarize_network(model, self.contributions), results=rows, audit_head=head
@@ -143,7 +139,9 @@ class Demo:
     def _seed_settings(self) -> SeedSettings:
         return SETTINGS.model_copy(update={"deterministic": not self.options.free_running})
 
-    def _train(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
+    def _train(
+        self, model: MorphableModel, urza: Urza, recorder: RunRecorder, flops: FlopMeter
+    ) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=self.options.lr)
         with RunProgress(self.options.epochs, console=self.console) as progress:
             scribe = Scribe(model, urza, recorder, progress, self.contributions)
@@ -162,11 +160,11 @@ class Demo:
                     loss_per_sample,
                     self.digits.train_loader(self.seed),
                     [self.digits.validation],
-                    callbacks=[self.flops.follow(model), scribe, pipeline],
+                    callbacks=[flops, scribe, pipeline],
                 )
                 tolaria.fit(self.options.epochs)
 
-    def _compare(self, model: MorphableModel) -> list[ResultRow]:
+    def _compare(self, model: MorphableModel, flops: FlopMeter) -> list[ResultRow]:
         grown_parameters = sum(p.numel() for p in model.parameters())
         width = next(
             w
@@ -175,7 +173,7 @@ class Demo:
         )
         return [
             self._static_row("narrow host as it was", NARROW, ""),
-            self._row("grown by Esper", model, float(self.flops.total()), "", grown=True),
+            self._row("grown by Esper", model, float(flops.total()), "", grown=True),
             self._static_row("static, same final size", width, f"hidden layers of {width} units"),
         ]
 
@@ -191,7 +189,7 @@ class Demo:
                 loss_per_sample(network(inp), target).mean().backward()
                 optimizer.step()
                 steps += 1
-        flops = steps * training_flops(network, self.flops.batch, loss_per_sample)
+        flops = steps * training_flops(network, self.batch, loss_per_sample)
         return self._row(label, network, float(flops), note)
 
     def _row(
@@ -238,110 +236,6 @@ class Demo:
             model.eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
         torch.export.save(exported, self.folder / "evolved.pt2")
-
-
-class Scribe:
-    """Writes down what happens, for the report and for whoever watches."""
-
-    def __init__(
-        self,
-        model: MorphableModel,
-        urza: Urza,
-        recorder: RunRecorder,
-        progress: RunProgress,
-        contributions: dict[SeedId, float],
-    ):
-        self.model = model
-        self.urza = urza
-        self.recorder = recorder
-        self.progress = progress
-        self.contributions = contributions
-        self._epoch_start = 0
-
-    def hear(self, message: OonaMessage) -> None:
-        """Take in a message of the bus; runs in the pipeline's thread."""
-        payload = message.payload
-        if isinstance(payload, LifecycleEvent):
-            self.recorder.add_lifecycle(payload)
-            self.progress.event(
-                f"seed {payload.seed_id[1]} on {payload.seed_id[0]}: "
-                f"{payload.source.name} > {payload.target.name} ({payload.reason})"
-            )
-        elif isinstance(payload, FieldReport):
-            self.recorder.add_field_report(payload)
-        elif isinstance(payload, KernelCharacterized):
-            self._note_kernel(payload)
-
-    def on_step(self, step: int, epoch: int) -> None:
-        alphas = {
-            (name, seed_idx): self.model.kasmina.layer(name).state_layout.value(
-                "alpha_blend", seed_idx
-            )
-            for name, seed_idx in self.model.kasmina.seeds_in(OCCUPIED)
-        }
-        self.recorder.add_alphas(step, alphas)
-
-    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
-        first = event.step - len(step_losses) + 1
-        for offset, loss in enumerate(step_losses):
-            self.recorder.add_step(first + offset, event.epoch, loss)
-        self.recorder.add_epoch(event)
-        for evaluation in event.evaluations:
-            self.contributions[evaluation.seed_id] = evaluation.contribution
-        self.progress.update_epoch(event)
-        self.progress.update_seeds(self._busy_seeds())
-
-    def _note_kernel(self, characterized: KernelCharacterized) -> None:
-        kernel = self.urza.kernel(characterized.artifact_id)
-        report = self.urza.report(characterized.artifact_id)
-        self.recorder.add_kernel(kernel, report)
-        failed = next((check for check in report.checks if not check.passed), None)
-        verdict = f"{kernel.status}: {failed.reason}" if failed else str(kernel.status)
-        site = kernel.manifest.site
-        self.progress.event(
-            f"Urabrask: {kernel.manifest.design.name} for {site.host}"
-            f"{list(site.act_shape)}: {verdict}"
-        )
-
-    def _busy_seeds(self) -> list[tuple[SeedId, SeedState, float, str | None]]:
-        kasmina = self.model.kasmina
-        busy = []
-        for name, seed_idx in kasmina.seeds_in(frozenset(SeedState) - {SeedState.DORMANT}):
-            layer = kasmina.layer(name)
-            kernel = layer.kernel(seed_idx)
-            alpha = layer.state_layout.value("alpha_blend", seed_idx)
-            design = kernel.manifest.design.name if kernel else None
-            busy.append(((name, seed_idx), layer.state(seed_idx), alpha, design))
-        return busy
-
-
-class FlopMeter:
-    """Adds up what training cost: each configuration of seeds is measured once, on a copy."""
-
-    def __init__(self, digits: Digits):
-        images, labels = digits.train
-        self.batch = images[:BATCH_SIZE], labels[:BATCH_SIZE]
-        self._steps: collections.Counter[object] = collections.Counter()
-        self._flops_per_step: dict[object, int] = {}
-        self._model: MorphableModel | None = None
-
-    def follow(self, model: MorphableModel) -> "FlopMeter":
-        self._model = model
-        return self
-
-    def total(self) -> int:
-        return sum(self._flops_per_step[key] * count for key, count in self._steps.items())
-
-    def on_step(self, step: int, epoch: int) -> None:
-        assert self._model is not None
-        kasmina = self._model.kasmina
-        key = (tuple(kasmina.seeds_in(OCCUPIED)), tuple(kasmina.seeds_in(LEARNING)))
-        if key not in self._flops_per_step:
-            self._flops_per_step[key] = training_flops(self._model, self.batch, loss_per_sample)
-        self._steps[key] += 1
-
-    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
-        """Nothing to add up at the end of an epoch."""
 
 
 def _designs(with_bad: bool) -> Callable[[SiteSignature], Iterable[Design]]:

@@ -1,17 +1,15 @@
-"""Held-out losses, the counterfactual of a seed, and what a training step costs.
+"""Held-out losses, and the counterfactual of a seed.
 
 All functions restore the model's mode and leave parameters, buffers and gradients as they were.
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.contracts import SeedEvaluation, SeedState
 from esper.kasmina.model import MorphableModel
@@ -69,17 +67,6 @@ def evaluate_seeds(
             )
         )
     return tuple(results)
-
-
-def training_flops(model: nn.Module, batch: Batch, loss_fn: LossPerSample) -> int:
-    """Count forward and backward of one step on a copy: products and sums of matmul and conv.
-
-    Elementwise work is not counted, as ``torch.utils.flop_counter`` has it.
-    """
-    twin = copy.deepcopy(model).train()
-    with FlopCounterMode(display=False) as counter:
-        loss_fn(twin(batch[0]), batch[1]).mean().backward()
-    return int(counter.get_total_flops())
 
 
 def _standard_error(values: Tensor) -> float:
