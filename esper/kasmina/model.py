@@ -159,8 +159,10 @@ def unwrap(model: nn.Module, *, discard_kernels: bool = False) -> nn.Module:
 
 @made_once
 def _morphable_class(host: type[nn.Module]) -> type[nn.Module]:
-    name = f"Morphable{host.__name__}"
-    return type(name, (MorphableModel, host), {"__module__": host.__module__})
+    # The host's own name: nn.Module looks parameters up through an AttributeError whose text holds
+    # the class name, so a longer one cost nn.Linear(128, 64) 0.2 % of its instructions.
+    names = {"__module__": host.__module__, "__qualname__": f"Morphable{host.__qualname__}"}
+    return type(host.__name__, (MorphableModel, host), names)
 
 
 def _host_class(morphable: type[nn.Module]) -> type[nn.Module]:
