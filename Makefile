@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 TOOLS := setuptools wheel pybind11 cmake ninja numpy torch
+SANITIZERS := address,undefined
+SANITIZED := $(CURDIR)/build/sanitized
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(CPP)
 
-.PHONY: setup build demo test bench check clean
+.PHONY: setup build demo test test-sanitize bench check clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +34,16 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
+# The native code under AddressSanitizer and UBSan, in a build of its own. Leaks are not looked for:
+# Python and torch keep memory until the process ends.
+test-sanitize: setup
+	ESPER_SANITIZE=$(SANITIZERS) ESPER_CUDA=OFF $(PIP) install --no-build-isolation --no-deps \
+		--no-index --upgrade --target $(SANITIZED) .
+	LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(BIN)/python -m pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider \
+		$(wildcard tests/test_ops_*.py) tests/test_seed_block.py $(ARGS)
+
 bench: setup
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -42,6 +54,7 @@ check: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info esper/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info esper/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(VENV)/.installed
 	find esper kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,7 +35,8 @@ class CMakeBuild(build_ext):
     """Keeps CMake's build folder between commands, so that a rebuild compiles only what changed."""
 
     def run(self) -> None:
-        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        kind = "-sanitized" if os.environ.get("ESPER_SANITIZE") else ""
+        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}{kind}"
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir)]
         # A switch left out would keep its value from an earlier build.
         configure += [f"-D{name}={os.environ.get(name, SWITCHES[name])}" for name in SWITCHES]

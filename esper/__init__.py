@@ -53,6 +53,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: a worker process needs only its own part."""
+    if name == "blueprints":
+        return importlib.import_module("esper.blueprints")
     if name not in _HOMES:
         raise AttributeError(f"module 'esper' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

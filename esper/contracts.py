@@ -76,7 +76,9 @@ class CommandKind(StrEnum):
 class Outcome(StrEnum):
     FOSSILIZED = "FOSSILIZED"
     CULLED = "CULLED"
-    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    ROLLED_BACK = "ROLLED_BACK"
+    FAILED = "FAILED"  # the kernel could not be loaded
 
 
 class Confidence(StrEnum):

@@ -9,9 +9,12 @@ looked at once, for the table.
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import logging
+import math
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +36,18 @@ from esper.contracts import (
 from esper.kasmina.model import MorphableModel, wrap
 from esper.nissa.network import summarize_network
 from esper.nissa.progress import RunProgress, result_table
-from esper.nissa.record import ResultRow, RunRecorder
+from esper.nissa.record import ResultRow, RunRecord, RunRecorder
 from esper.nissa.report import write_report
 from esper.nissa.scribe import Scribe
+from esper.nissa.story import unjudged
 from esper.pipeline import Pipeline
 from esper.tamiyo import PlateauPolicy
 from esper.tolaria import FlopMeter, Tolaria, evaluate, training_flops
 from esper.urza import Urza
 
 NARROW = 4  # units in each hidden layer of the host
+EPOCHS, FREE_RUNNING_EPOCHS = 150, 600  # the latter takes as long as the pipeline needs
+INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
 PIXELS, CLASSES = 64, 10
 BATCH_SIZE = 32
 SETTINGS = SeedSettings(seeds_per_layer=2, observe_every=16, embargo_steps=150)
@@ -111,6 +117,7 @@ class Demo:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.seed: int = options.seed
+        self.epochs: int = options.epochs or _default_epochs(options.free_running)
         self.folder = _fresh_folder(Path(options.runs) / options.name)
         self.digits = load_digits()
         self.console = Console()
@@ -119,22 +126,32 @@ class Demo:
         self.batch = images[:BATCH_SIZE], labels[:BATCH_SIZE]
 
     def run(self) -> None:
-        """Train all three networks, print the table and write everything into the folder."""
+        """Train all three networks, print the table and write everything into the folder.
+
+        On Ctrl-C, what was recorded so far is written before ``KeyboardInterrupt`` goes on.
+        """
         torch.set_num_threads(1)  # the other core is the pipeline's
         model = wrap(make_network(NARROW, self.seed), settings=self._seed_settings())
         assert isinstance(model, MorphableModel)
         recorder = self._recorder(model)
         with Urza(self.folder / "urza") as urza:
             flops = FlopMeter(model, self.batch, loss_per_sample)
-            self._train(model, urza, recorder, flops)
-            rows = self._compare(model, flops)
-            head = urza.audit.head()
-            recorder.finish(
-                after=summarize_network(model, self.contributions), results=rows, audit_head=head
-            )
-            self._write(model, urza, recorder)
+            try:
+                self._train(model, urza, recorder, flops)
+                rows = self._compare(model, flops)
+            except KeyboardInterrupt:
+                self._finish(model, urza, recorder, interrupted=True)
+                self._say(f"Interrupted; what there was is in {self.folder}/report.html")
+                raise
+            record = self._finish(model, urza, recorder, results=rows)
+            self._export(model)
         self.console.print(result_table(rows))
-        self.console.print(f"Everything is in {self.folder}; open {self.folder}/report.html")
+        if text := unjudged(record):
+            self._say(text)
+        self._say(f"Everything is in {self.folder}; open {self.folder}/report.html")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _seed_settings(self) -> SeedSettings:
         return SETTINGS.model_copy(update={"deterministic": not self.options.free_running})
@@ -143,7 +160,7 @@ class Demo:
         self, model: MorphableModel, urza: Urza, recorder: RunRecorder, flops: FlopMeter
     ) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=self.options.lr)
-        with RunProgress(self.options.epochs, console=self.console) as progress:
+        with RunProgress(self.epochs, console=self.console) as progress:
             scribe = Scribe(model, urza, recorder, progress, self.contributions)
             pipeline = Pipeline(
                 model,
@@ -162,7 +179,10 @@ class Demo:
                     [self.digits.validation],
                     callbacks=[flops, scribe, pipeline],
                 )
-                tolaria.fit(self.options.epochs)
+                try:
+                    tolaria.fit(self.epochs)
+                finally:
+                    recorder.stop_clock()
 
     def _compare(self, model: MorphableModel, flops: FlopMeter) -> list[ResultRow]:
         grown_parameters = sum(p.numel() for p in model.parameters())
@@ -172,25 +192,25 @@ class Demo:
             if sum(p.numel() for p in make_network(w, 0).parameters()) >= grown_parameters
         )
         return [
-            self._static_row("narrow host as it was", NARROW, ""),
+            self._static_row("narrow host", NARROW),
             self._row("grown by Esper", model, float(flops.total()), "", grown=True),
-            self._static_row("static, same final size", width, f"hidden layers of {width} units"),
+            self._static_row("static, same size", width),
         ]
 
-    def _static_row(self, label: str, width: int, note: str) -> ResultRow:
+    def _static_row(self, label: str, width: int) -> ResultRow:
         """Train a network without Esper on the same batches for the same number of steps."""
         network = make_network(width, self.seed)
         optimizer = torch.optim.Adam(network.parameters(), lr=self.options.lr)
         loader = self.digits.train_loader(self.seed)
         steps = 0
-        for _ in range(self.options.epochs):
+        for _ in range(self.epochs):
             for inp, target in loader:
                 optimizer.zero_grad(set_to_none=True)
                 loss_per_sample(network(inp), target).mean().backward()
                 optimizer.step()
                 steps += 1
         flops = steps * training_flops(network, self.batch, loss_per_sample)
-        return self._row(label, network, float(flops), note)
+        return self._row(label, network, float(flops), f"width {width}")
 
     def _row(
         self, label: str, network: nn.Module, flops: float, note: str, *, grown: bool = False
@@ -220,17 +240,35 @@ class Demo:
 
     def _command(self) -> str:
         options = self.options
-        words = ["esper demo", f"--seed {self.seed} --epochs {options.epochs} --lr {options.lr:g}"]
+        words = ["esper demo", f"--seed {self.seed} --epochs {self.epochs} --lr {options.lr:g}"]
         words += ["--with-bad-blueprint"] if options.with_bad_blueprint else []
         words += ["--free-running"] if options.free_running else []
         return " ".join(words)
 
-    def _write(self, model: MorphableModel, urza: Urza, recorder: RunRecorder) -> None:
+    def _finish(
+        self,
+        model: MorphableModel,
+        urza: Urza,
+        recorder: RunRecorder,
+        *,
+        results: Iterable[ResultRow] = (),
+        interrupted: bool = False,
+    ) -> RunRecord:
+        """Close the record, and write it and what the library knows."""
+        recorder.finish(
+            after=summarize_network(model, self.contributions),
+            results=results,
+            audit_head=urza.audit.head(),
+            interrupted=interrupted,
+        )
         record = recorder.record()
         write_report(record, self.folder / "report.html")
         (self.folder / "run.json").write_text(record.to_json())
         (self.folder / "lineage.json").write_text(json.dumps(urza.lineage(), indent=2))
         urza.audit.export_jsonl(self.folder / "audit.jsonl")
+        return record
+
+    def _export(self, model: MorphableModel) -> None:
         sample = self.digits.test[0][:2]
         exported = torch.export.export(
             model.eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
@@ -256,11 +294,40 @@ def _fresh_folder(wanted: Path) -> Path:
     raise FileExistsError(f"{wanted} and 10,000 more exist already")
 
 
+def _default_epochs(free_running: bool) -> int:
+    return FREE_RUNNING_EPOCHS if free_running else EPOCHS
+
+
+def _folder_name(text: str) -> str:
+    if text.startswith(".") or not text or {"/", "\\"} & set(text):
+        raise argparse.ArgumentTypeError(f"must be the name of one folder, got {text!r}")
+    return text
+
+
+def _epochs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _learning_rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)) and value > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default="demo", help="folder of the run below --runs")
+    parser.add_argument(
+        "--name", type=_folder_name, default="demo", help="folder of the run below --runs"
+    )
     parser.add_argument("--runs", default="runs", help="where runs are kept")
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of Adam")
+    parser.add_argument(
+        "--epochs", type=_epochs, help=f"{EPOCHS}, or {FREE_RUNNING_EPOCHS} with --free-running"
+    )
+    parser.add_argument(
+        "--lr", type=_learning_rate, default=3e-3, help="learning rate of Adam (default: 0.003)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="two runs with a seed are the same")
     parser.add_argument(
         "--free-running",
@@ -276,5 +343,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Run the demo; a missing extra or Ctrl-C ends in one line and an exit status."""
+    if importlib.util.find_spec("sklearn") is None:
+        sys.exit("esper demo needs scikit-learn: pip install 'esper-torch[demo]'")
     logging.captureWarnings(True)
-    Demo(options).run()
+    try:
+        Demo(options).run()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

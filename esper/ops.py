@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esper import reference
 
@@ -81,16 +80,17 @@ def blend(
     ``non_finite`` and the u8 cell ``fault`` is set.
 
     The result has y's memory layout if that is contiguous or has the channels last, and is
-    contiguous otherwise. Differentiable once in ``y``, ``out`` and ``alpha``; ``alpha`` must keep
-    its value until the backward pass. Compilers see the reference, so that they may fuse it;
-    exporters too, without the counters.
+    contiguous otherwise. Differentiable in ``y``, ``out`` and ``alpha``, and its gradients are too;
+    ``alpha`` must keep its value until the backward pass. A non-finite element of the incoming
+    gradient reaches ``y`` alone, so that no seed is blamed for it. Compilers see the reference, so
+    that they may fuse it; exporters too, without the counters.
     """
     if torch.compiler.is_exporting():
         return reference.blend(y, out, alpha, channel_dim, start)
     if torch.compiler.is_compiling():
         lost = reference.blend_lost(y.detach(), out.detach(), channel_dim, start)
         reference.record_lost(lost, non_finite, fault)
-        return reference.blend(y, out, alpha, channel_dim, start)
+        return reference.blend(y, _FiniteGrad.apply(out), alpha, channel_dim, start)
     return cast(Tensor, _Blend.apply(y, out, alpha, channel_dim, start, non_finite, fault))
 
 
@@ -98,7 +98,8 @@ def isolate(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
     """Return ``y`` (no copy), passing its gradient on to ``y`` unchanged and to ``out`` as well.
 
     ``out`` receives the gradient of channels ``[start, start + out.size)``, as if it had been the
-    output there, but its values reach nothing.
+    output there and with non-finite elements set to zero, but its values reach nothing. Second
+    derivatives with respect to ``out`` end here: they would reach the host.
     """
     if torch.compiler.is_exporting():
         return y
@@ -110,7 +111,7 @@ def guard(non_finite: Tensor, fault: Tensor, *tensors: Tensor) -> tuple[Tensor, 
 
     In the backward pass a non-finite element of a gradient becomes 0, is counted in the f32 cell
     ``non_finite``, and sets the u8 cell ``fault``. Tensors that need no gradient pass untouched.
-    Differentiable once.
+    The gradients are differentiable; what a second backward pass hands to them is made finite.
     """
     guarded = [t for t in tensors if t.requires_grad]
     if not guarded or not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -134,17 +135,22 @@ class _Blend(torch.autograd.Function):
         ctx.save_for_backward(y, out)
         # Not a saved tensor: alpha shares its version counter with the whole arena, where other
         # cells change between forward and backward.
-        ctx.alpha = alpha
+        ctx.alpha, ctx.cells = alpha, (non_finite, fault)
         ctx.channel_dim, ctx.start = channel_dim, start
         result: Tensor = torch.ops.esper.blend(y, out, alpha, channel_dim, start, non_finite, fault)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, out = ctx.saved_tensors
-        grads = torch.ops.esper.blend_backward(grad, y, out, ctx.alpha, ctx.channel_dim, ctx.start)
-        return *grads, None, None, None, None
+        # Grad mode is on where these gradients will be differentiated again.
+        place = reference if torch.is_grad_enabled() else torch.ops.esper
+        grad_y, grad_out, grad_alpha = place.blend_backward(
+            grad, y, out, ctx.alpha, ctx.channel_dim, ctx.start
+        )
+        # A second backward pass leaves the kernel by the way that this one enters it.
+        (grad_out,) = guard(*ctx.cells, grad_out)
+        return grad_y, grad_out, grad_alpha, None, None, None, None
 
 
 class _Isolate(torch.autograd.Function):
@@ -157,7 +163,8 @@ class _Isolate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, grad.narrow(ctx.channel_dim, ctx.start, ctx.size), None, None
+        chunk = grad.narrow(ctx.channel_dim, ctx.start, ctx.size)
+        return grad, reference.finite(chunk.detach()), None, None
 
 
 class _Guard(torch.autograd.Function):
@@ -170,7 +177,6 @@ class _Guard(torch.autograd.Function):
         return tuple(t.detach() for t in tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         present = [grad for grad in grads if grad is not None]
         clean = iter(_guard_grads(present, *ctx.cells))
@@ -180,8 +186,23 @@ class _Guard(torch.autograd.Function):
 def _guard_grads(grads: list[Tensor], non_finite: Tensor, fault: Tensor) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return reference.guard_grads(grads, non_finite, fault)
+    if torch.is_grad_enabled():
+        clean = reference.guard_grads(grads, non_finite, fault)
+        return [_FiniteGrad.apply(grad) for grad in clean]
     result: list[Tensor] = torch.ops.esper.guard_grads(grads, non_finite, fault)
     return result
+
+
+class _FiniteGrad(torch.autograd.Function):
+    """Passes a tensor on as it is, and its gradient with non-finite elements set to zero."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return reference.finite(grad)
 
 
 @torch.library.register_fake("esper::tick")

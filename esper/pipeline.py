@@ -36,6 +36,8 @@ from esper.oona import MemoryBus, Oona
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo
 from esper.tezzeret import Tezzeret
+from esper.tolaria import measure_epoch
+from esper.tolaria.evaluation import Batch, LossPerSample
 from esper.urabrask import Urabrask
 from esper.urza import Urza
 
@@ -45,6 +47,10 @@ logger = logging.getLogger(__name__)
 # nothing that the host could not learn by itself.
 NONLINEAR_DESIGNS = frozenset({"residual_mlp", "gated", "conv_bottleneck"})
 
+_PATIENCE = 200  # observed steps without the end of an epoch, until a warning
+_ACCOUNTS = (Topic.LIFECYCLE, Topic.EPOCH, Topic.FIELD_REPORTS)
+_SETTLING_TIME_S = 10.0
+
 DesignsFor = Callable[[SiteSignature], Iterable[Design]]
 
 
@@ -53,8 +59,9 @@ class Pipeline:
 
     A context manager, and a callback for :class:`esper.Tolaria`: the loop's epoch events go to
     the bus. ``library`` is an Urza or the folder of one. ``designs`` says what is compiled for a
-    site (by default every built-in design that fits). ``listener`` is called with every message but
-    telemetry, in the pipeline's thread. With ``synchronous`` the end of an epoch
+    site (by default every built-in design that fits), ``policy`` decides (by default a
+    :class:`esper.tamiyo.PlateauPolicy`). ``listener`` is called with every message but telemetry,
+    in the pipeline's thread. With ``synchronous`` the end of an epoch
     waits until every worker has nothing left to do, so that two runs take the same decisions at
     the same steps; otherwise training never waits.
     """
@@ -74,6 +81,8 @@ class Pipeline:
         synchronous: bool = False,
         timeout_s: float = 300.0,
     ):
+        if not isinstance(model, MorphableModel):
+            raise TypeError(f"{type(model).__name__} is not wrapped; call esper.wrap first")
         self.model = model
         self.urza = library if isinstance(library, Urza) else Urza(library)
         self.bus = bus or MemoryBus()
@@ -91,6 +100,7 @@ class Pipeline:
         self._thread = threading.Thread(target=self._serve, name="esper-pipeline", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
+        self._unheard_observations = 0
         self._observations: asyncio.Queue[Observation] = asyncio.Queue()
 
     # ------------------------------------------------------------------ the training thread
@@ -110,7 +120,10 @@ class Pipeline:
     def start(self) -> None:
         """Connect the model and start the thread."""
         kasmina = self.model.kasmina
+        if kasmina.emit_lifecycle is not None or self._loop.is_closed():
+            raise EsperError("a pipeline is started once, and a model has one at a time")
         self.model.connect(self.urza)
+        kasmina.deterministic |= self._synchronous
         kasmina.emit_lifecycle = self._publish_lifecycle
         kasmina.emit_observation = self._hand_over_observation
         self._thread.start()
@@ -122,6 +135,8 @@ class Pipeline:
         Raises :class:`EsperError` if a worker has failed, ``TimeoutError`` after ``timeout_s``.
         """
         self._raise_failure()
+        if not self._thread.is_alive():
+            raise EsperError("the pipeline is not running")
         future = asyncio.run_coroutine_threadsafe(self._drained(), self._loop)
         try:
             future.result(self._timeout_s)
@@ -139,23 +154,42 @@ class Pipeline:
 
         Raises :class:`EsperError` if a worker had failed: training went on without it.
         """
-        kasmina = self.model.kasmina
-        kasmina.emit_lifecycle = None
-        kasmina.emit_observation = None
-        kasmina.close()
-        self.bus.close()
-        with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
-            self._loop.call_soon_threadsafe(self._stop)
-        self._thread.join(self._timeout_s)
+        if self._thread.is_alive():
+            kasmina = self.model.kasmina
+            kasmina.emit_lifecycle = None
+            kasmina.emit_observation = None
+            kasmina.close()
+            self._settle_accounts()
+            self.bus.close()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
+                self._loop.call_soon_threadsafe(self._stop)
+            self._thread.join(self._timeout_s)
         if self._owns_library:
             self.urza.close()
         self._raise_failure()
+
+    def end_epoch(
+        self, val_loader: Iterable[Batch], loss_fn: LossPerSample, *, train_loss: float
+    ) -> EpochEvent:
+        """Measure the held-out losses and have Tamiyo decide: for training loops of one's own.
+
+        To be called at regular intervals, on the training thread. ``loss_fn(output, target)``
+        returns one loss per sample, ``(B,)``. Waits for the device.
+        """
+        kasmina = self.model.kasmina
+        event = measure_epoch(
+            self.model, val_loader, loss_fn, epoch=kasmina.epoch, train_loss=train_loss
+        )
+        self.on_epoch(event, ())
+        kasmina.epoch += 1
+        return event
 
     def on_step(self, step: int, epoch: int) -> None:
         """Nothing to do: ``model.step()`` has done it."""
 
     def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
         """Publish the end of an epoch; Tamiyo decides on it."""
+        self._unheard_observations = 0
         if self._synchronous:
             self.drain()
         self.bus.publish(Topic.EPOCH, "tolaria", event)
@@ -166,7 +200,21 @@ class Pipeline:
         self.bus.publish(Topic.LIFECYCLE, f"kasmina-{event.seed_id[0]}", event)
 
     def _hand_over_observation(self, observation: Observation) -> None:
-        self._loop.call_soon_threadsafe(self._observations.put_nowait, observation)
+        self._unheard_observations += 1
+        if self._unheard_observations == _PATIENCE:
+            logger.warning(
+                "%d observed steps without the end of an epoch: the controller decides on "
+                "held-out losses only; call pipeline.end_epoch() or train with esper.Tolaria",
+                _PATIENCE,
+            )
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a worker has failed
+            self._loop.call_soon_threadsafe(self._observations.put_nowait, observation)
+
+    def _settle_accounts(self) -> None:
+        """Let what has happened reach the audit log, Tamiyo and the library before all ends."""
+        with contextlib.suppress(RuntimeError, TimeoutError, concurrent.futures.CancelledError):
+            drained = asyncio.run_coroutine_threadsafe(self.bus.drained(_ACCOUNTS), self._loop)
+            drained.result(_SETTLING_TIME_S)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -228,7 +276,10 @@ class Pipeline:
 
     async def _listen(self, topic: Topic, listener: Callable[[OonaMessage], None]) -> None:
         async for message in self.bus.subscribe(topic, "listener"):
-            listener(message)
+            try:
+                listener(message)
+            except Exception:
+                logger.exception("the listener failed on %s", message.topic)
 
     async def _archive_lifecycle(self) -> None:
         async for message in self.bus.subscribe(Topic.LIFECYCLE, "urza"):
@@ -272,7 +323,7 @@ class Pipeline:
 
     def _query_for(self, seed_id: SeedId) -> KernelQuery | None:
         layer = self.model.kasmina_layers[seed_id[0]]
-        if layer.shapes is None:
+        if layer.shapes is None or seed_id[1] >= layer.num_seeds:
             return None
         return KernelQuery(
             site=layer.site(seed_id[1]),

@@ -46,18 +46,25 @@ def blend(y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int) -
 def blend_backward(
     grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``."""
+    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``.
+
+    A non-finite element of ``grad`` reaches ``y`` alone: it was none of the seed's making.
+    Differentiable itself.
+    """
     size = out.size(channel_dim)
     wide = compute_dtype(y.dtype)
     chunk = grad.narrow(channel_dim, start, size)
     act = y.narrow(channel_dim, start, size)
-    weight = alpha.to(wide)
     usable = out.isfinite()
-    grad_act = torch.where(usable, (chunk.to(wide) * (1 - weight)).to(grad.dtype), chunk)
-    grad_out = torch.where(usable, chunk.to(wide) * weight, 0).to(out.dtype)
-    slope = torch.where(usable, chunk.double() * (out.double() - act.double()), 0)
-    grad_y = grad.slice_scatter(grad_act, channel_dim, start, start + size)
-    return grad_y, grad_out, slope.sum().reshape(1).to(alpha.dtype)
+    sound = usable & chunk.isfinite()
+    # Factors are selected, not products: what is masked stays out of the second derivatives too.
+    weight = torch.where(usable, alpha.to(wide), 0)
+    handed = torch.where(sound, chunk.to(wide), 0)
+    change = torch.where(sound, out.double() - act.double(), 0)
+    grad_act = (chunk.to(wide) * (1 - weight)).to(grad.dtype)
+    grad_out = (handed * weight).to(out.dtype)
+    grad_alpha = (handed.double() * change).sum().reshape(1).to(alpha.dtype)
+    return grad.slice_scatter(grad_act, channel_dim, start, start + size), grad_out, grad_alpha
 
 
 def blend_lost(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
@@ -72,13 +79,21 @@ def record_lost(lost: Tensor, non_finite: Tensor, fault: Tensor) -> None:
     fault.copy_(torch.where(lost > 0, torch.ones_like(fault), fault))
 
 
+def finite(t: Tensor) -> Tensor:
+    """Return ``t`` with its non-finite elements set to zero."""
+    return t.nan_to_num(0.0, 0.0, 0.0)
+
+
 def guard_grads(grads: Sequence[Tensor], non_finite: Tensor, fault: Tensor) -> list[Tensor]:
-    """Return each gradient with its non-finite elements set to zero, counted and flagged."""
+    """Return each gradient with its non-finite elements set to zero, counted and flagged.
+
+    Differentiable; the second derivative of a replaced element is zero.
+    """
     lost = torch.zeros_like(non_finite)
     for grad in grads:
         lost = lost + (~grad.isfinite()).sum()
     record_lost(lost, non_finite, fault)
-    return [torch.where(grad.isfinite(), grad, torch.zeros_like(grad)) for grad in grads]
+    return [torch.where(grad.isfinite(), grad, 0) for grad in grads]
 
 
 def seed_chunks(t: Tensor, channel_dim: int, num_seeds: int) -> tuple[Tensor, ...]:

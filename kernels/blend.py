@@ -107,11 +107,12 @@ def _blend_bwd_kernel(
     out = tl.load(out_ptr + out_offsets, mask=inside, other=0).to(COMPUTE)
     usable = inside & _is_finite(out)
     wide = grad.to(COMPUTE)
+    sound = usable & _is_finite(wide)
     grad_y = tl.where(usable, (wide * (1 - alpha)).to(grad.dtype), grad)
-    grad_out = tl.where(usable, wide * alpha, 0).to(grad.dtype)
+    grad_out = tl.where(sound, wide * alpha, 0).to(grad.dtype)
     tl.store(grad_y_ptr + offsets, grad_y, mask=mask)
     tl.store(grad_out_ptr + out_offsets, grad_out, mask=inside)
-    slope = tl.where(usable, wide * (out - y), 0)
+    slope = tl.where(sound, wide * (out - y), 0)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(slope, axis=0))
 
 
@@ -181,7 +182,10 @@ def blend(
 def blend_backward(
     grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``."""
+    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``.
+
+    A non-finite element of ``grad`` reaches ``y`` alone.
+    """
     _check(y, out, alpha, channel_dim, start)
     if (grad.shape, grad.dtype, grad.device) != (y.shape, y.dtype, y.device):
         raise RuntimeError(

@@ -33,6 +33,7 @@ CASES = (
     Case((1, 1), 1, 0, 1),
     Case((0, 6), 1, 2, 2),  # no rows
     Case((5, 6), 1, 2, 0),  # no channels in the chunk
+    Case((3, 5, 20_011), 1, 1, 3),  # rows of several blocks, the chunk in the middle ones
     Case((130, 300), 1, 100, 77),  # several blocks of rows
 )
 
@@ -68,10 +69,13 @@ def laid_out(t: Tensor, layout: str, channel_dim: int) -> Tensor:
 
 
 def samples(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> list[Tensor]:
-    """Return y, out and grad; the first element of a large enough ``out`` is not finite."""
+    """Return y, out and grad, not finite here and there once the chunk is large enough."""
     y = torch.randn(case.shape).to(dtype)
     out = torch.randn(case.out_shape).to(dtype)
     grad = torch.randn(case.shape).to(dtype)
     if out.numel() > 3:
         out.view(-1)[0], out.view(-1)[2] = torch.nan, -torch.inf
+        chunk = grad.narrow(case.channel_dim, case.start, case.size)
+        for place, value in ((0, -torch.inf), (-2, torch.nan), (-1, torch.inf)):
+            chunk[torch.unravel_index(torch.tensor(place % chunk.numel()), chunk.shape)] = value
     return [laid_out(t, layout, case.channel_dim).to(device) for t in (y, out, grad)]

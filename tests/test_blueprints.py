@@ -172,6 +172,30 @@ def test_failure_of_a_builder_names_the_design() -> None:
         blueprints.build(no_module, SITES["linear"])
 
 
+def test_refuses_an_instance_for_a_builder() -> None:
+    with pytest.raises(TypeError, match=r"a builder is a class or function, .*got Identity\(\)"):
+        blueprints.register("x", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "builder", "hparams", "message"),
+    [
+        ("my design", "forge_samples:Tied", {}, "1 to 64 letters, digits, .* got 'my design'"),
+        ("", "forge_samples:Tied", {}, "name is 1 to 64 letters"),
+        ("x" * 65, "forge_samples:Tied", {}, "name is 1 to 64 letters"),
+        ("x", "forge_samples.Tied", {}, "'x': an import path is 'package.module:Class', got 'for"),
+        ("x", "forge samples:Tied", {}, "an import path is"),
+        ("x", "forge_samples:Tied", {"width": [1]}, r"are bools, numbers or strings by name, got"),
+    ],
+)
+def test_refuses_what_is_malformed_in_its_own_words(
+    name: str, builder: str, hparams: dict[str, list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        blueprints.register(name, builder, hparams=hparams)
+    assert type(caught.value) is ValueError
+
+
 @pytest.mark.parametrize("site_name", SITES)
 def test_bad_designs_are_bad_in_their_numbers_only(site_name: str) -> None:
     site = SITES[site_name]

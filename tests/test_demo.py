@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from esper import cli
 from esper.contracts import KernelStatus, SeedState
 from esper.demo import load_digits
 from esper.nissa.record import RunRecord
+from esper.tolaria import Tolaria
 from esper.urza import Urza
 
 EPOCHS = 40
@@ -108,6 +110,55 @@ def test_the_evolved_model_is_an_exported_program(runs: list[Path], record: RunR
     program = torch.export.load(runs[0] / "evolved.pt2").module()
     accuracy = float((program(images).argmax(1) == labels).double().mean())
     assert accuracy == pytest.approx(record.results[1].test_accuracy)
+
+
+def test_ctrl_c_leaves_a_record_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = Tolaria.fit
+
+    def fit_two_epochs(tolaria: Tolaria, epochs: int) -> None:
+        fit(tolaria, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tolaria, "fit", fit_two_epochs)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--runs", str(tmp_path), "--free-running"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Interrupted; what there was is in")
+    record = RunRecord.from_json((tmp_path / "demo" / "run.json").read_text())
+    assert (len(record.epochs), record.finished, record.interrupted) == (2, False, True)
+    assert "--epochs 600" in record.command
+    assert "This run was interrupted." in (tmp_path / "demo" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--lr", "-1", "must be a number above 0, got '-1'"),
+        ("--lr", "nan", "must be a number above 0, got 'nan'"),
+        ("--epochs", "0", "must be a whole number of at least 1, got '0'"),
+        ("--epochs", "-1", "must be a whole number of at least 1, got '-1'"),
+        ("--name", "../x", "must be the name of one folder, got '../x'"),
+        ("--name", "a/b", "must be the name of one folder, got 'a/b'"),
+        ("--name", "..", "must be the name of one folder, got '..'"),
+    ],
+)
+def test_impossible_options_are_refused(
+    option: str, value: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", f"{option}={value}"])
+    assert stop.value.code == 2
+    assert f"argument {option}: {complaint}" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match=r"pip install 'esper-torch\[demo\]'"):
+        cli.main(["demo", "--runs", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_split_is_fixed_and_disjoint() -> None:

@@ -85,6 +85,16 @@ def test_finishing_stops_the_clock(recorder):
     assert recorder.record() == record
 
 
+def test_what_follows_training_does_not_count_as_its_duration(recorder):
+    recorder.stop_clock()
+    trained = recorder.record()
+    assert not trained.finished
+    recorder.finish(interrupted=True)
+    record = recorder.record()
+    assert record.duration_s == trained.duration_s
+    assert (record.finished, record.interrupted) == (False, True)
+
+
 def test_appends_from_two_threads_are_all_kept(recorder):
     def feed(seed: int) -> None:
         for step in range(2000):

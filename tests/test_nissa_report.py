@@ -80,7 +80,7 @@ def test_it_shows_results_events_kernels_and_origin():
         *("91.39 %", "0.2790", "2,342", "3.5 GFLOP", "one kernel kept"),
         *("layers.2 seed 0 germinated", "layers.2 seed 0 kept for good", "layers.1 seed 1 removed"),
         *("validation loss flat over 4 epochs", "bad_gradient", f"gradients: {GRADIENT_REASON}"),
-        *("11.2 µs", "18 KiB", "1.2e-07", "+352 parameters, contribution 0.162"),
+        *("11.2 µs", "18 KiB", "1.2e-07", "+352 parameters, lowers the held-out loss by 0.1620"),
         *("esper demo --seed 0", "2023-11-14 22:13 UTC", "Tezzeret"),
     ):
         assert shown in text
@@ -136,6 +136,35 @@ def test_a_long_curve_is_thinned_to_its_means():
     assert len(render_report(record)) < 60_000
 
 
+def test_an_alpha_drops_where_its_kernel_is_removed_and_no_line_bridges_the_time_without_one():
+    first = [(1, 0.0), (2, 0.4), *((step, 1.0) for step in range(3, 50)), (50, 0.0)]
+    second = [(80, 0.0), (81, 1.0)]
+    alphas = [AlphaSeries(seed_id=KEPT, points=(*first, *second))]
+    chart = charts.alpha_chart(empty_record(alphas=alphas), charts.Scale(0, 100))
+    assert chart is not None
+    assert chart.lines[0].path == "M1 100h0L1 100 2 60 3 0 49 0 50 100M80 100h0L80 100 81 0"
+
+
+def test_the_axis_of_accuracy_is_linear_and_ends_at_100_percent():
+    epochs = [
+        EPOCH.model_copy(update={"val_accuracy": accuracy, "step": step})
+        for step, accuracy in enumerate((0.01, 1.0))
+    ]
+    record = empty_record(epochs=epochs)
+    chart = charts.accuracy_chart(record, charts.step_scale(record))
+    assert chart is not None
+    assert [tick.label for tick in chart.y_ticks] == ["0", "20", "40", "60", "80", "100"]
+
+
+def test_an_event_stands_right_of_the_tick_of_its_epoch():
+    record = sample_record()
+    x = charts.step_scale(record)
+    starts = {int(tick.label): tick.at for tick in charts.epoch_ticks(record, x)}
+    for marker in charts.markers(record, x):
+        epoch = marker.event.epoch
+        assert starts.get(epoch, 0) <= marker.at <= starts.get(epoch + 1, 100)
+
+
 def test_markers_in_a_row_do_not_touch_and_stay_in_order():
     record = sample_record()
     crowded = [
@@ -182,6 +211,33 @@ def test_the_headline_names_what_was_kept():
         "The network 64-24-12-10 could no longer improve at epoch 12; "
         "a `low_rank` kernel of 352 parameters was grown into `layers.2` and kept."
     )
+
+
+def test_every_place_names_the_epoch_in_which_the_seed_germinated():
+    decided = field_report().model_copy(update={"started_epoch": 11})
+    record = replaced(sample_record(), field_reports=[decided])
+    assert story.started_epoch(record, decided) == 12
+    assert "at epoch 12;" in story.headline(record)
+    assert "12\N{EN DASH}18" in Page(render_report(record)).text
+
+
+def test_the_report_of_an_interrupted_run_says_so():
+    record = replaced(sample_record(), finished=False, interrupted=True, results=())
+    assert "This run was interrupted." in Page(render_report(record)).text
+    assert "interrupted" not in Page(render_report(sample_record())).text
+
+
+def test_it_says_when_training_ended_before_a_kernel_was_judged():
+    record = empty_record(kernels=sample_record().kernels, epochs=[EPOCH], finished=True)
+    said = "the pipeline had validated 2 kernels when training ended."
+    assert said in Page(render_report(record)).text
+    assert story.unjudged(replaced(record, finished=False)) == ""
+    assert story.unjudged(sample_record()) == ""
+
+
+def test_the_results_stand_before_what_was_tried():
+    text = Page(render_report(sample_record())).text
+    assert text.index("91.39 %") < text.index("was kept at epoch 18") < text.index("How it learned")
 
 
 def test_the_headline_claims_no_plateau_that_the_record_does_not_show():
@@ -235,13 +291,13 @@ def test_the_verdict_on_loss():
     low, high, nan = ({"test_loss": value} for value in (0.25, 0.5, math.nan))
     won = [grown.model_copy(update=low), static.model_copy(update=high)]
     diverged = [grown.model_copy(update=nan), static.model_copy(update=high)]
-    assert "`g` (1 parameters) beats `s` (1 parameters) by 0.25 in loss." in story.verdict(won)
+    assert "`g` (1 parameter) beats `s` (1 parameter) by 0.2500 in loss." in story.verdict(won)
     assert "`g` diverged" in story.verdict(diverged)
     assert story.verdict([grown, static]) == story.verdict([]) == ""
 
 
 def test_the_details_say_what_each_kernel_was_worth():
     text = " ".join(story.details(sample_record()))
-    assert "was kept at epoch 18: with it, the held-out loss was 0.162 ± 0.011 lower." in text
-    assert "removed without a trace at epoch 25: with it, the held-out loss was 0.003" in text
+    assert "was kept at epoch 18: it lowers the held-out loss by 0.1620 ± 0.0110." in text
+    assert "removed without a trace at epoch 25: it raises the held-out loss by 0.0030" in text
     assert "3 kernels, 2 of them found safe and correct, 1 rejected." in text

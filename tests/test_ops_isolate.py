@@ -20,6 +20,17 @@ def test_literals(device: str) -> None:
     assert out.grad.tolist() == [[6.0, 7.0]]
 
 
+def test_a_non_finite_gradient_reaches_the_host_alone(device: str) -> None:
+    y = torch.zeros(4, device=device, requires_grad=True)
+    out = torch.zeros(3, device=device, requires_grad=True)
+    grad = torch.tensor([1.0, torch.nan, -0.0, -torch.inf], device=device)
+    ops.isolate(y, out, 0, 1).backward(grad)
+    assert y.grad is not None
+    assert out.grad is not None
+    assert matches_storage(y.grad, grad)
+    assert out.grad.tolist() == [0.0, -0.0, 0.0]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channel_dim", [0, 1, -1])
 def test_shares_memory_and_keeps_every_bit(layout: str, channel_dim: int, device: str) -> None:

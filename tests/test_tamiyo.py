@@ -91,6 +91,7 @@ def view(kernel: KernelRecord, losses: Sequence[float] = FLAT, **changes: object
         "health": {("fc", 0): signal(("fc", 0), 1.0), ("fc", 1): signal(("fc", 1), 3.0)},
         "states": {},
         "failures": {},
+        "adapting": frozenset(),
         "num_adaptations": 0,
         "num_parameters_added": 0,
         "last_change_epoch": None,
@@ -111,7 +112,7 @@ def test_on_a_plateau_the_seed_with_the_largest_gradient_energy_germinates(
     assert (command.layer_name, command.seed_idx) == ("fc", 1)
     assert command.artifact_id == kernel.artifact_id
     assert command.epoch == 3
-    assert "improved by 0.0%" in command.reason
+    assert "the held-out loss fell by 0.0% in 3 epochs" in command.reason
 
 
 def test_a_layer_where_kernels_were_culled_stands_back(kernel: KernelRecord) -> None:
@@ -128,8 +129,7 @@ QUIET = {
     "overfitting": {"epochs": epochs([0.4, 0.41, 0.42, 0.43], train_losses=FALLING)},
     "too early": {"losses": FLAT[:3]},
     "too few epochs for a slope": {"losses": FLAT[:2]},
-    "an adaptation is under way": {"states": {("fc", 0): S.GRAFTING}},
-    "a germination is on its way": {"states": {("fc", 0): S.GERMINATED}},
+    "an adaptation is under way": {"adapting": frozenset({("fc", 0)})},
     "just changed": {"last_change_epoch": 2},
     "enough adaptations": {"num_adaptations": 2},
     "nothing observed yet": {"health": {}},
@@ -163,7 +163,7 @@ def test_a_seed_is_kept_if_it_contributes_more_than_its_standard_error(
 ) -> None:
     [command] = decide(view(kernel, epochs=epochs(FLAT, evaluation(contribution))))
     assert command.kind is verdict
-    assert f"contribution {contribution:+.4f}" in command.reason
+    assert f"the held-out loss by {abs(contribution):.4f}" in command.reason
 
 
 @pytest.mark.parametrize("contribution", [math.nan, -math.inf])
@@ -176,6 +176,8 @@ def test_relative_improvement_is_the_fall_of_the_fitted_line() -> None:
     assert relative_improvement([4.0, 3.0, 2.0]) == pytest.approx(2 / 3)
     assert relative_improvement([2.0, 3.0, 2.0]) == 0.0
     assert relative_improvement([1.0, 2.0]) < 0
+    assert relative_improvement([-1.0, -2.0, -3.0]) == pytest.approx(1.0)
+    assert relative_improvement([-0.1, 0.1]) == pytest.approx(-2.0)
 
 
 class Reports:

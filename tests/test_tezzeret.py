@@ -168,6 +168,39 @@ async def test_submit_stores_and_announces_once_it_is_due(
     assert published(bus, Topic.BLUEPRINT_SUBMITTED) == 1
 
 
+async def test_what_cannot_be_traced_is_explained_in_one_line(
+    tezzeret: Tezzeret, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="esper.tezzeret.forge")
+    message = "sizes that vary: Could not guard on .*the rest is logged at DEBUG"
+    with pytest.raises(BlueprintError, match=message) as caught:
+        await tezzeret.submit(samples.design(samples.DataDependent), LINEAR, "float32")
+    assert "\n" not in str(caught.value)
+    [record] = [r for r in caplog.records if r.name == "esper.tezzeret.forge"]
+    assert record.levelname == "DEBUG"
+    assert "return act + 1 if act.sum() > 0 else act" in record.getMessage()
+
+
+async def test_a_long_failure_to_compile_is_one_line_of_the_log_and_whole_in_the_library(
+    tezzeret: Tezzeret,
+    urza: Urza,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(header: Header, blobs: Blobs) -> tuple[Header, Blobs]:
+        raise BlueprintError("no\nfor many\nreasons")
+
+    blueprint_id = await tezzeret.submit(RESIDUAL_MLP, LINEAR, "float32")
+    monkeypatch.setitem(child.HANDLERS, "package", fail)
+    tezzeret._bus = None
+    await tezzeret.run()
+    assert urza.blueprint_status(blueprint_id)[1] == "no\nfor many\nreasons"
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning == (
+        f"blueprint {blueprint_id} was not compiled: no (the rest is logged at DEBUG)"
+    )
+
+
 async def test_compile_publishes_an_artifact_that_loads(
     tezzeret: Tezzeret, urza: Urza, bus: MemoryBus
 ) -> None:

@@ -2,18 +2,20 @@
 
 import asyncio
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
 from kasmina_library import MemoryLibrary
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 import esper
 from esper.config import SeedSettings
 from esper.contracts import EpochEvent
 from esper.kasmina.model import MorphableModel
-from esper.tolaria import Tolaria, evaluate, evaluate_seeds, training_flops
+from esper.tolaria import Tolaria, evaluate, measure_epoch, training_flops, validate
 
 Batch = tuple[Tensor, Tensor]
 
@@ -70,8 +72,8 @@ def test_accuracy_is_that_of_the_arg_max() -> None:
 
 def test_a_seeds_contribution_is_the_paired_difference_without_it() -> None:
     model, data = grown()
-    with_seed = evaluate(model, data, loss_per_sample)
-    [result] = evaluate_seeds(model, data, loss_per_sample, with_seed)
+    with_seed, [result] = validate(model, data, loss_per_sample)
+    assert torch.equal(with_seed.losses, evaluate(model, data, loss_per_sample).losses)
     layer = model.kasmina_layers["0"]
     assert layer.state_layout.value("alpha_blend", 1) == 1.0
     layer.cull(1, "test")
@@ -84,6 +86,66 @@ def test_a_seeds_contribution_is_the_paired_difference_without_it() -> None:
     assert result.loss_without - result.loss_with == pytest.approx(result.contribution)
 
 
+def shuffling(data: list[Batch]) -> DataLoader[tuple[Tensor, ...]]:
+    samples = TensorDataset(*map(torch.cat, zip(*data, strict=True)))
+    return DataLoader(samples, batch_size=4, shuffle=True)
+
+
+def test_losses_are_paired_also_when_the_loader_shuffles() -> None:
+    model, data = grown()
+    _, [expected] = validate(model, data, loss_per_sample)
+    for _ in range(3):
+        _, [result] = validate(model, shuffling(data), loss_per_sample)
+        assert result.contribution == pytest.approx(expected.contribution, rel=1e-4)
+        assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
+
+
+def test_losses_are_paired_also_when_the_model_changes_its_input() -> None:
+    model, data = grown()
+    _, [expected] = validate(model, data, loss_per_sample)
+    unscaled = [(inp * 255, target) for inp, target in data]
+    model.register_forward_pre_hook(lambda _, args: (args[0].div_(255),))
+    _, [result] = validate(model, unscaled, loss_per_sample)
+    assert result.contribution == pytest.approx(expected.contribution, rel=1e-4)
+
+
+def test_validation_draws_as_many_random_numbers_as_one_pass_over_the_loader() -> None:
+    model, data = grown()
+    loader = shuffling(data)
+    torch.manual_seed(0)
+    list(loader)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    validate(model, loader, loss_per_sample)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_losses_with_more_dimensions_are_averaged_for_each_sample() -> None:
+    model, data = grown()
+    per_token = evaluate(model, data, lambda output, target: (output - target).square())
+    expected = evaluate(model, data, loss_per_sample).losses
+    torch.testing.assert_close(per_token.losses, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_measuring_an_epoch_gives_its_event_and_changes_nothing() -> None:
+    model, data = grown()
+    model.kasmina.epoch = 3
+    before = state(model)
+    event = measure_epoch(model, data, loss_per_sample, epoch=7, train_loss=0.5)
+    held_out, evaluations = validate(model, data, loss_per_sample)
+    assert event == EpochEvent(
+        epoch=7,
+        step=model.kasmina.step_count,
+        train_loss=0.5,
+        val_loss=held_out.loss,
+        val_loss_standard_error=held_out.standard_error,
+        evaluations=evaluations,
+    )
+    assert model.kasmina.epoch == 3
+    for old, new in zip(before, state(model), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_training_flops_are_counted_on_a_copy() -> None:
     net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
     batch = torch.randn(5, 8), torch.randn(5, 2)
@@ -91,6 +153,18 @@ def test_training_flops_are_counted_on_a_copy() -> None:
     expected = 2 * 5 * (2 * 8 * 4 + 3 * 4 * 2)
     assert training_flops(net, batch, loss_per_sample) == expected
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_counting_flops_draws_no_random_numbers(device: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 2)).to(device)
+    batch = torch.randn(5, 8, device=device), torch.randn(5, 2, device=device)
+    torch.manual_seed(0)
+    expected = torch.rand(3), torch.rand(3, device=device)
+    torch.manual_seed(0)
+    training_flops(net, batch, loss_per_sample)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.rand(3, device=device), expected[1])
 
 
 def test_kernels_cost_flops_too() -> None:
@@ -138,3 +212,68 @@ def test_the_loop_trains_like_a_loop_written_by_hand() -> None:
     assert history[-1].val_loss == pytest.approx(
         float(loss_per_sample(plain(data[0][0]), data[0][1]).detach().mean())
     )
+
+
+def tolaria_for(
+    train: Iterable[Batch], held_out: Iterable[Batch], loss_fn: nn.Module | None = None
+) -> Tolaria:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Tolaria(model, optimizer, loss_fn or loss_per_sample, train, held_out)
+
+
+BATCH = torch.randn(5, 8), torch.randn(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [(nn.MSELoss(), "a scalar"), (lambda out, target: out[:1], r"shape \(1, 2\)")],
+    ids=["scalar", "shape"],
+)
+def test_a_loss_that_is_not_one_per_sample_is_refused_at_the_first_step(
+    loss_fn: nn.Module, got: str
+) -> None:
+    tolaria = tolaria_for([BATCH], [BATCH], loss_fn)
+    message = rf"loss_fn must return one loss per sample, shape \(5,\), got {got}; use reduction='"
+    with pytest.raises(ValueError, match=message):
+        tolaria.fit(1)
+    assert tolaria.model.kasmina.step_count == 0
+    with pytest.raises(ValueError, match=message):
+        evaluate(tolaria.model, [BATCH], loss_fn)
+    with pytest.raises(ValueError, match=message):
+        training_flops(tolaria.model, BATCH, loss_fn)
+
+
+def test_a_loader_without_batches_is_named() -> None:
+    with pytest.raises(ValueError, match="the training loader gave no batch: it must be non-empty"):
+        tolaria_for([], [BATCH]).fit(1)
+    with pytest.raises(ValueError, match=r"the validation loader gave no batch: .* re-iterable"):
+        tolaria_for([BATCH], []).fit(1)
+    with pytest.raises(ValueError, match="the loader gave no batch"):
+        evaluate(nn.Linear(8, 2), [], loss_per_sample)
+
+
+def test_a_generator_is_found_out_in_its_second_epoch() -> None:
+    tolaria = tolaria_for((batch for batch in [BATCH]), [BATCH])
+    tolaria.fit(1)
+    with pytest.raises(
+        ValueError, match=r"the training loader gave no batch: .* a generator is not"
+    ):
+        tolaria.fit(1)
+
+
+def test_a_model_that_is_not_wrapped_is_refused() -> None:
+    net = nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    message = "Linear is not wrapped; call esper.wrap first"
+    with pytest.raises(TypeError, match=message):
+        Tolaria(net, optimizer, loss_per_sample, [BATCH], [BATCH])
+    with pytest.raises(TypeError, match=message):
+        validate(net, [BATCH], loss_per_sample)
+
+
+def test_a_negative_number_of_epochs_is_refused() -> None:
+    tolaria = tolaria_for([BATCH], [BATCH])
+    assert tolaria.fit(0) == []
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        tolaria.fit(-1)

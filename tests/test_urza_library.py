@@ -58,6 +58,17 @@ def test_a_library_is_found_again(root: Path) -> None:
         urza.verify()
 
 
+def test_a_file_is_no_library(tmp_path: Path) -> None:
+    file = tmp_path / "a_file.py"
+    file.touch()
+    with pytest.raises(
+        LibraryError, match=r"library .*a_file\.py: cannot be a folder: File exists"
+    ):
+        Urza(file)
+    with pytest.raises(LibraryError, match="cannot be a folder: Not a directory"):
+        Urza(file / "library")
+
+
 def test_the_key_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
     with Urza(root, key_path=tmp_path / "secrets" / "key.pem") as urza:
         assert urza.trusted_key == urza.evaluator_key.trusted()

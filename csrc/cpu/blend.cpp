@@ -43,9 +43,10 @@ double blend_backward_chunk(const T* grad, const T* y, const T* out, T* grad_y, 
     const C g = static_cast<C>(grad[i]);
     const C slope = g * (static_cast<C>(out[i]) - static_cast<C>(y[i]));
     const bool usable = is_finite(out[i]);
+    const bool sound = usable && is_finite(grad[i]);
     grad_y[i] = usable ? static_cast<T>(g * (1 - alpha)) : grad[i];
-    grad_out[i] = usable ? static_cast<T>(g * alpha) : T(0);
-    grad_alpha.values[lane] += usable ? static_cast<double>(slope) : 0.0;
+    grad_out[i] = sound ? static_cast<T>(g * alpha) : T(0);
+    grad_alpha.values[lane] += sound ? static_cast<double>(slope) : 0.0;
   });
   return grad_alpha.total();
 }
@@ -53,21 +54,18 @@ double blend_backward_chunk(const T* grad, const T* y, const T* out, T* grad_y, 
 // Where the chunk [start, start + size) of channels lies within a row of one outer plane.
 struct Row {
   int64_t size;
-  int64_t chunk_begin;
-  int64_t chunk_size;
+  Span chunk;
 
   Row(const Planes& planes, int64_t start, int64_t channels)
       : size(planes.channels * planes.inner),
-        chunk_begin(start * planes.inner),
-        chunk_size(channels * planes.inner) {}
-
-  template <typename T>
-  void copy_outside(const T* source, T* destination) const {
-    std::copy(source, source + chunk_begin, destination);
-    const int64_t chunk_end = chunk_begin + chunk_size;
-    std::copy(source + chunk_end, source + size, destination + chunk_end);
-  }
+        chunk{start * planes.inner, (start + channels) * planes.inner} {}
 };
+
+template <typename T>
+void copy_outside(const Span& inside, const Span& span, const T* source, T* destination) {
+  std::copy(source + span.begin, source + inside.begin, destination + span.begin);
+  std::copy(source + inside.end, source + span.end, destination + inside.end);
+}
 
 Tensor blend(Tensor y, Tensor out, Tensor alpha, int64_t channel_dim, int64_t start,
              Tensor non_finite, Tensor fault) {
@@ -86,12 +84,14 @@ Tensor blend(Tensor y, Tensor out, Tensor alpha, int64_t channel_dim, int64_t st
     const auto* y_data = static_cast<const T*>(host.const_data_ptr());
     const auto* out_data = static_cast<const T*>(seed.const_data_ptr());
     auto* result_data = static_cast<T*>(result.mutable_data_ptr());
-    blocks.for_each_row([&](int64_t block, int64_t i) {
-      const T* y_row = y_data + i * row.size;
-      T* result_row = result_data + i * row.size;
-      row.copy_outside(y_row, result_row);
-      lost[block] += blend_chunk(y_row + row.chunk_begin, out_data + i * row.chunk_size,
-                                 result_row + row.chunk_begin, row.chunk_size, weight);
+    blocks.for_each_span([&](int64_t block, int64_t i, const Span& span) {
+      const Span inside = span.clamp(row.chunk);
+      copy_outside(inside, span, y_data + i * row.size, result_data + i * row.size);
+      if (inside.size() == 0) return;
+      const int64_t at = i * row.size + inside.begin;
+      const int64_t out_at = i * row.chunk.size() + inside.begin - row.chunk.begin;
+      lost[block] +=
+          blend_chunk(y_data + at, out_data + out_at, result_data + at, inside.size(), weight);
     });
   });
   record_lost(std::accumulate(lost.begin(), lost.end(), int64_t{0}), non_finite, fault);
@@ -120,13 +120,15 @@ std::tuple<Tensor, Tensor, Tensor> blend_backward(Tensor grad, Tensor y, Tensor 
     const auto* out_data = static_cast<const T*>(seed.const_data_ptr());
     auto* grad_y_data = static_cast<T*>(grad_y.mutable_data_ptr());
     auto* grad_out_data = static_cast<T*>(grad_out.mutable_data_ptr());
-    blocks.for_each_row([&](int64_t block, int64_t i) {
-      const int64_t chunk = i * row.size + row.chunk_begin;
-      const int64_t out_chunk = i * row.chunk_size;
-      row.copy_outside(grad_data + i * row.size, grad_y_data + i * row.size);
-      sums[block] += blend_backward_chunk(grad_data + chunk, y_data + chunk, out_data + out_chunk,
-                                          grad_y_data + chunk, grad_out_data + out_chunk,
-                                          row.chunk_size, weight);
+    blocks.for_each_span([&](int64_t block, int64_t i, const Span& span) {
+      const Span inside = span.clamp(row.chunk);
+      copy_outside(inside, span, grad_data + i * row.size, grad_y_data + i * row.size);
+      if (inside.size() == 0) return;
+      const int64_t at = i * row.size + inside.begin;
+      const int64_t out_at = i * row.chunk.size() + inside.begin - row.chunk.begin;
+      sums[block] +=
+          blend_backward_chunk(grad_data + at, y_data + at, out_data + out_at, grad_y_data + at,
+                               grad_out_data + out_at, inside.size(), weight);
     });
   });
   *static_cast<float*>(grad_alpha.mutable_data_ptr()) =

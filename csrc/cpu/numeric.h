@@ -63,25 +63,45 @@ void for_each_in_lanes(int64_t n, Body&& body) {
   for (; i < n; ++i) body(i, i % kLanes);
 }
 
-// Rows in blocks whose borders depend on the shape alone: sums taken block by block come out the
-// same for any number of threads.
+// Elements [begin, end) of a row.
+struct Span {
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+
+  // The part of `other` that lies in this span; empty, and at one of its ends, where none does.
+  Span clamp(const Span& other) const {
+    return {std::clamp(other.begin, begin, end), std::clamp(other.end, begin, end)};
+  }
+};
+
+// Rows in blocks, each of several rows or of a span of a long one. Their borders depend on the
+// shape alone: sums taken block by block come out the same for any number of threads.
 struct RowBlocks {
   int64_t rows;
+  int64_t row_size;
   int64_t rows_per_block;
+  int64_t spans_per_row;
   int64_t count;
 
   RowBlocks(int64_t rows, int64_t row_size)
       : rows(rows),
+        row_size(row_size),
         rows_per_block(std::max<int64_t>(1, kElementsPerBlock / std::max<int64_t>(1, row_size))),
-        count((rows + rows_per_block - 1) / rows_per_block) {}
+        spans_per_row((row_size + kElementsPerBlock - 1) / kElementsPerBlock),
+        count((rows + rows_per_block - 1) / rows_per_block * spans_per_row) {}
 
-  // Calls body(block, row) in parallel over the blocks, and in order within each.
+  // Calls body(block, row, span) in parallel over the blocks, and in order within each.
   template <typename Body>
-  void for_each_row(Body&& body) const {
+  void for_each_span(Body&& body) const {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t last = std::min(rows, (block + 1) * rows_per_block);
-        for (int64_t row = block * rows_per_block; row < last; ++row) body(block, row);
+        const int64_t first = block / spans_per_row * rows_per_block;
+        const int64_t last = std::min(rows, first + rows_per_block);
+        const int64_t column = block % spans_per_row * kElementsPerBlock;
+        const Span span{column, std::min(row_size, column + kElementsPerBlock)};
+        for (int64_t row = first; row < last; ++row) body(block, row, span);
       }
     });
   }

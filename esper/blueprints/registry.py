@@ -5,15 +5,20 @@ of its own, so a class that only the running script knows cannot be a design.
 """
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
+from pydantic import ValidationError
 from torch import nn
 
 from esper.contracts import Design, HyperParameter, SiteSignature
 from esper.errors import BlueprintError
 
 _designs: dict[str, Design] = {}
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_IMPORT_PATH = re.compile(r"[A-Za-z0-9_.]+:[A-Za-z0-9_.]+")
 
 
 def register(
@@ -27,10 +32,11 @@ def register(
     ``builder`` is a class, or its import path ``"package.module:Class"``; calling it with a
     site's signature and ``hparams`` gives the module. It may have a static method
     ``fits(site) -> bool``; without one the design is offered for every site. Registering the
-    same design twice does nothing; another one under a taken name raises ``ValueError``.
+    same design twice does nothing. Raises ``ValueError`` for a name that is malformed or taken by
+    another design, ``TypeError`` for a builder that is neither a class nor a function, and
+    :class:`BlueprintError` for one that other processes cannot import.
     """
-    path = builder if isinstance(builder, str) else _import_path(builder)
-    design = Design(name=name, builder=path, hparams=hparams or {})
+    design = _design(name, _import_path(builder), hparams or {})
     _resolve(design)
     if _designs.setdefault(name, design) != design:
         raise ValueError(f"another design is registered as {name!r}: {_designs[name].builder}")
@@ -75,7 +81,30 @@ def _fits(design: Design, site: SiteSignature) -> bool:
     return fits is None or bool(fits(site))
 
 
-def _import_path(builder: Callable[..., nn.Module]) -> str:
+def _design(name: str, path: str, hparams: dict[str, HyperParameter]) -> Design:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a design's name is 1 to 64 letters, digits, '_', '.' or '-', got {name!r}"
+        )
+    if not _IMPORT_PATH.fullmatch(path):
+        raise ValueError(f"design {name!r}: an import path is 'package.module:Class', got {path!r}")
+    try:
+        return Design(name=name, builder=path, hparams=hparams)
+    except ValidationError:
+        raise ValueError(
+            f"design {name!r}: hyper-parameters are bools, numbers or strings by name, "
+            f"got {hparams!r}"
+        ) from None
+
+
+def _import_path(builder: Callable[..., nn.Module] | str) -> str:
+    if isinstance(builder, str):
+        return builder
+    if not hasattr(builder, "__qualname__"):
+        raise TypeError(
+            "a builder is a class or function, or its import path 'package.module:Class', "
+            f"got {builder!r}"
+        )
     module, name = builder.__module__, builder.__qualname__
     if module == "__main__" or "<" in name:
         raise BlueprintError(

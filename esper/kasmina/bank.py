@@ -73,21 +73,23 @@ class SeedBank:
         self.write("alpha_slope", index, 1.0 / num_steps)
 
     def clear(self, index: int) -> None:
-        """Forget kernel, alpha and faults of a seed; its error count stays."""
+        """Forget kernel, alpha and faults of a seed; its error count stays until the next kernel."""
         self.set_alpha(index, 0.0)
         for field in ("active_kernel_id", "fallback_active", "fault"):
             self.write(field, index, 0)
+
+    def reset_health(self) -> None:
+        """Start the statistics of an observed step."""
+        self.fields["health_accumulator"].zero_()
 
     def tick(self, max_errors: int) -> None:
         """Advance all ramps by one step and quarantine seeds with ``max_errors`` faulty steps."""
         ops.tick(self.arena, self.num_seeds, max_errors)
 
     def begin_snapshot(self) -> None:
-        """Start copying the bank to the host and reset the health statistics; never waits."""
-        if self._pending is not None:
-            return
-        self._pending = _PendingSnapshot.of(self.arena, self._writes)
-        self.fields["health_accumulator"].zero_()
+        """Start copying the bank to the host; never waits."""
+        if self._pending is None:
+            self._pending = _PendingSnapshot.of(self.arena, self._writes)
 
     @property
     def snapshot_pending(self) -> bool:
@@ -106,6 +108,17 @@ class SeedBank:
                 host[field].copy_(snapshot.fields[field])
         return snapshot
 
+    def move_to(self, device: torch.device) -> None:
+        """Follow the model to another device; cells have to be refreshed. Waits for the copy."""
+        if device == self.device:
+            return
+        if self.arena is not self._host_arena:
+            self._host_arena.copy_(self.arena)
+        self.device = device
+        self.arena = self._host_arena if device.type == "cpu" else self._host_arena.to(device)
+        self.fields = _typed_views(self.arena, self.block.fields())
+        self._pending = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "SeedBank":
         twin = SeedBank(self.num_seeds, self.device)
         memo[id(self)] = twin
@@ -123,10 +136,14 @@ class SeedCell:
     def __init__(self, bank: SeedBank, index: int):
         self.bank = bank
         self.index = index
-        one = slice(index, index + 1)
-        self.alpha = bank.fields["alpha_blend"][one]  # (1,) float32
-        self.fault = bank.fields["fault"][one]  # (1,) uint8
-        self.non_finite = bank.fields["health_accumulator"][4, one]  # (1,) float32
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the views anew, after the bank has moved."""
+        one = slice(self.index, self.index + 1)
+        self.alpha = self.bank.fields["alpha_blend"][one]  # (1,) float32
+        self.fault = self.bank.fields["fault"][one]  # (1,) uint8
+        self.non_finite = self.bank.fields["health_accumulator"][4, one]  # (1,) float32
 
     def quarantine(self) -> None:
         """Take the seed out of the output for good, for an error that the host saw."""

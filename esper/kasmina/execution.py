@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,16 @@ logger = logging.getLogger(__name__)
 _REMEMBERED_COMMANDS = 4096  # ids kept so that a command delivered twice is obeyed once
 _NEVER = 2**62
 
+# Modules that carry some model's seeds: a second wrap must not plant on them again.
+SEEDED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _uncancellable() -> "Future[bool]":
+    """A waiter that gives up must not take the answer from the training thread's hands."""
+    future: Future[bool] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
 
 @dataclass(eq=False)
 class Tenancy:
@@ -55,11 +66,16 @@ class Tenancy:
     alpha: float = 0.0  # for loading by hand
     steps_left: int | None = None  # in the present state; None: it waits for somebody's word
     prepared: "Future[Kernel] | None" = None  # while LOADING
-    settled: "Future[bool]" = field(default_factory=Future)  # is the kernel in place?
+    settled: "Future[bool]" = field(default_factory=_uncancellable)  # is it in place?
+
+    def answer(self, in_place: bool) -> None:
+        """Tell whoever waits for the kernel; only the first answer counts."""
+        if not self.settled.done():
+            self.settled.set_result(in_place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tenancy":
         layer = copy.deepcopy(self.layer, memo)
-        return replace(self, layer=layer, prepared=None, settled=Future())
+        return replace(self, layer=layer, prepared=None, settled=_uncancellable())
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,8 @@ class Kasmina:
         self.emit_observation: Callable[[Observation], None] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.group_options: dict[str, Any] = {}
+        self.deterministic = settings.deterministic
+        self._fossils: set[SeedId] = set()
         self._observed_step = 0
         self._obeyed: OrderedDict[str, None] = OrderedDict()
         self._loader: KernelLoader | None = None
@@ -120,12 +138,12 @@ class Kasmina:
         self.training_thread = threading.get_ident()
 
     def plant(self) -> None:
-        """Take note of each layer's class, now that the root has got its own.
+        """Begin, on a new model or on a copy.
 
         Layers whose width is unknown are observed for one forward; the others are not touched.
         """
         for layer in self.layers.values():
-            layer.host_class = type(layer.default_transform)
+            SEEDED.add(layer.default_transform)
             if layer.shapes is None:
                 layer.arm()
 
@@ -189,6 +207,8 @@ class Kasmina:
         prepared, layer, seed_idx = tenancy.prepared, tenancy.layer, tenancy.seed_idx
         assert prepared is not None
         tenancy.prepared = None
+        if layer.state(seed_idx) is not SeedState.LOADING:
+            return  # culled meanwhile
         error: BaseException | None = EsperError("cancelled")
         if not prepared.cancelled():
             error = prepared.exception()
@@ -196,7 +216,7 @@ class Kasmina:
             error = self._try_to_seat(tenancy, prepared.result())
         if error is not None:
             layer.reject_kernel(seed_idx, error)
-        tenancy.settled.set_result(error is None)
+        tenancy.answer(error is None)
 
     # ------------------------------------------------------------------ between two steps
 
@@ -215,12 +235,25 @@ class Kasmina:
         self._hand_out_snapshot()
         self._begin_observation()
 
-    def seat_taken(self, seat: Seat) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
+        """Have the kernels' parameters, present and future, moved by ``optimizer``."""
+        self.optimizer = optimizer
+        self.group_options = group_options
+        for layer in self.layers.values():
+            for seat in layer.occupants():
+                self._enroll(layer, seat)
+
+    def seat_taken(self, layer: KasminaLayer, seat: Seat) -> None:
         self.num_occupied += 1
         self.cache.pin(seat.kernel.artifact_id)
-        weights = list(seat.parameters())
-        if self.optimizer is not None and weights:
-            self.optimizer.add_param_group({"params": weights, **self.group_options})
+        if self.optimizer is not None:
+            self._enroll(layer, seat)
+        elif seat.kernel.weights():
+            logger.warning(
+                "%s: its kernel will not learn: no optimizer is attached to the model "
+                "(model.attach_optimizer)",
+                seat.seed,
+            )
 
     def seat_given_back(self, seat: Seat) -> None:
         self.num_occupied -= 1
@@ -243,6 +276,10 @@ class Kasmina:
         if tenancy is not None:
             tenancy.steps_left = self._duration(tenancy.strategy, target)
             artifact_id = artifact_id or tenancy.artifact_id
+            if target in (SeedState.CULLED, SeedState.CANCELLED):
+                tenancy.answer(False)
+        if target is SeedState.FOSSILIZED:
+            self._fossils.add(seed_id)
         if target in (SeedState.DORMANT, SeedState.FOSSILIZED, SeedState.ROLLED_BACK):
             self.tenancies.pop(seed_id, None)
         logger.info("%s: %s > %s (%s)", layer.seed_name(seed_idx), source.name, target.name, reason)
@@ -262,8 +299,17 @@ class Kasmina:
         for layer in self.layers.values():
             layer.rest()
 
+    def uproot(self) -> None:
+        """Take leave of the model, which is unwrapped."""
+        self.release()
+        self.close()
+        for layer in self.layers.values():
+            SEEDED.discard(layer.default_transform)
+
     def close(self) -> None:
-        """Stop the loading thread; kernels in place stay."""
+        """Stop the loading thread; kernels in place stay, loads under way are given up."""
+        for tenancy in self.tenancies.values():
+            tenancy.answer(False)
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
@@ -278,6 +324,7 @@ class Kasmina:
             "emit_lifecycle": None,
             "emit_observation": None,
             "optimizer": None,
+            "observing": False,
             "_loader": None,
             "_executor": None,
         }
@@ -312,10 +359,40 @@ class Kasmina:
         if tenancy.layer.state(tenancy.seed_idx) not in (SeedState.GERMINATED, SeedState.LOADING):
             return
         prepared = tenancy.prepared or self.prepare(tenancy)
-        if self.settings.deterministic:
+        if self.deterministic:
             concurrent.futures.wait([prepared])
         if prepared.done():
             self.settle(tenancy)
+
+    def follow(self, move: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        """Go where the model goes: ``move`` is what it applies to its tensors."""
+        if device.type != "meta":
+            self.bank.move_to(device)
+        for layer in self.layers.values():
+            for seat in layer.occupants():
+                seat.cell.refresh()
+                if seat.isolated:  # the others are in the module tree
+                    seat._apply(move)  # type: ignore[no-untyped-call]
+
+    def isolated_seats(self) -> list[Seat]:
+        seats = [seat for layer in self.layers.values() for seat in layer.occupants()]
+        return [seat for seat in seats if seat.isolated]
+
+    def _enroll(self, layer: KasminaLayer, seat: Seat) -> None:
+        """Add a seat's parameters to the optimizer, if they are not there yet."""
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        weights = [weight for weight in seat.parameters() if id(weight) not in known]
+        if not weights:
+            return
+        if self.group_options:
+            self.optimizer.add_param_group({"params": weights, **self.group_options})
+            return
+        # Into a group that is there already, which the user's scheduler knows.
+        own = {id(parameter) for parameter in layer.default_transform.parameters(recurse=False)}
+        homes = [g for g in groups if any(id(parameter) in own for parameter in g["params"])]
+        (homes or groups)[0]["params"].extend(weights)
 
     def _admit(self, tenancy: Tenancy, reason: str = "loaded by hand") -> None:
         tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id, reason)
@@ -332,8 +409,13 @@ class Kasmina:
         layer = tenancy.layer
         if self._loader is None:
             raise EsperError("no library is connected: call model.connect(library) first")
+        if layer.device != self.bank.device:
+            raise EsperError(
+                f"layer '{layer.name}' is on {layer.device}, the seeds on {self.bank.device}: "
+                "move the wrapped model as a whole"
+            )
         return self._loader.prepare(
-            tenancy.artifact_id, layer.site(tenancy.seed_idx), layer.dtype, self.bank.device
+            tenancy.artifact_id, layer.site(tenancy.seed_idx), layer.dtype, layer.device
         )
 
     def _try_to_seat(self, tenancy: Tenancy, kernel: Kernel) -> Exception | None:
@@ -354,6 +436,18 @@ class Kasmina:
             reason = tenancy.layer.quarantine_reason(tenancy.seed_idx)
             if reason is not None:
                 tenancy.layer.cull(tenancy.seed_idx, f"quarantined: {reason}")
+        for name, seed_idx in self._fossils:
+            layer = self.layers[name]
+            reason = layer.quarantine_reason(seed_idx)
+            if reason is not None and layer.bypass(seed_idx):
+                self._report_lost_fossil(layer, seed_idx, reason)
+
+    def _report_lost_fossil(self, layer: KasminaLayer, seed_idx: int, reason: str) -> None:
+        """FOSSILIZED is final, so all that can be done is to say that a part is missing."""
+        reason = f"bypassed: {reason}"
+        logger.error("%s: %s", layer.seed_name(seed_idx), reason)
+        fossilized = SeedState.FOSSILIZED
+        self._emit(layer, seed_idx, fossilized, fossilized, reason, None)
 
     def _emit(
         self,
@@ -364,19 +458,22 @@ class Kasmina:
         reason: str,
         artifact_id: str | None,
     ) -> None:
+        """Tell whoever listens. What listeners do wrong must not decide over a transition."""
         if self.emit_lifecycle is None:
             return
-        self.emit_lifecycle(
-            LifecycleEvent(
-                seed_id=(layer.name, seed_idx),
-                source=source,
-                target=target,
-                epoch=self.epoch,
-                step=self.step_count,
-                artifact_id=artifact_id,
-                reason=reason,
-            )
+        event = LifecycleEvent(
+            seed_id=(layer.name, seed_idx),
+            source=source,
+            target=target,
+            epoch=self.epoch,
+            step=self.step_count,
+            artifact_id=artifact_id,
+            reason=reason,
         )
+        try:
+            self.emit_lifecycle(event)
+        except Exception:
+            logger.exception("a lifecycle event was not delivered: %s", event)
 
     # ------------------------------------------------------------------ commands
 
@@ -419,6 +516,7 @@ class Kasmina:
         if self.step_count < self.next_due or not self.settings.telemetry_enabled:
             return
         self.observing = True
+        self.bank.reset_health()
         self._observed_step = self.step_count
         self.next_due = self.step_count + 1  # the step that ends the observation
         for layer in self.layers.values():
@@ -441,7 +539,11 @@ class Kasmina:
         self.next_due = self._observed_step + self.settings.observe_every
         if self.emit_observation is not None:
             layers = tuple(LayerObservation.of(layer) for layer in self.layers.values())
-            self.emit_observation(Observation(snapshot, layers, self.epoch, self._observed_step))
+            observation = Observation(snapshot, layers, self.epoch, self._observed_step)
+            try:
+                self.emit_observation(observation)
+            except Exception:
+                logger.exception("the observation of step %d was not delivered", observation.step)
 
 
 def _move_on(tenancy: Tenancy) -> None:
@@ -463,9 +565,12 @@ def _move_on(tenancy: Tenancy) -> None:
 
 def _forget_parameters(optimizer: torch.optim.Optimizer, ids: set[int]) -> None:
     """Remove parameters, their groups and their state from an optimizer; the rest is kept."""
+    emptied = []
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in ids:
-                optimizer.state.pop(parameter, None)
+        leaving = [parameter for parameter in group["params"] if id(parameter) in ids]
+        for parameter in leaving:
+            optimizer.state.pop(parameter, None)
         group["params"] = [p for p in group["params"] if id(p) not in ids]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if leaving and not group["params"]:
+            emptied.append(id(group))
+    optimizer.param_groups[:] = [g for g in optimizer.param_groups if id(g) not in emptied]

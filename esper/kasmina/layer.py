@@ -64,9 +64,9 @@ class SeedSlice:
 class KasminaLayer:
     """Seeds of one host layer.
 
-    Attributes: ``name`` (FQN), ``default_transform`` (the host module), ``host_class`` (its class
-    while dormant), ``num_seeds``, ``state_layout`` (its slice of the seed bank), ``kernel_cache``,
-    ``telemetry_enabled``, ``shapes`` (None until a forward has shown them).
+    Attributes: ``name`` (FQN), ``default_transform`` (the host module), ``num_seeds``,
+    ``state_layout`` (its slice of the seed bank), ``kernel_cache``, ``telemetry_enabled``,
+    ``shapes`` (None until a forward has shown them).
     """
 
     def __init__(
@@ -80,12 +80,13 @@ class KasminaLayer:
         self.kasmina = kasmina
         self.name = name
         self.default_transform = module
-        self.host_class = type(module)
         self.host_name = type(module).__name__
         self.kind = kind
         self.shapes = declared_shapes(module, kind)
-        self.dtype = _dtype_of(module)
         self.first_seed = first_seed
+        self._shown = False  # shapes are from a forward, not from the module's attributes
+        self._shown_dtype = torch.get_default_dtype()
+        self._trouble: str | None = None
         self._timer: morph.DeviceTimer | None = None
         self.num_seeds = self._seeds_that_fit(kasmina.settings.seeds_per_layer)
 
@@ -100,6 +101,25 @@ class KasminaLayer:
     @property
     def telemetry_enabled(self) -> bool:
         return self.kasmina.settings.telemetry_enabled
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that kernels here need: the host's, or that of its output if it has none."""
+        parameter = self._own_parameter()
+        return self._shown_dtype if parameter is None else parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        parameter = self._own_parameter()
+        return self.kasmina.bank.device if parameter is None else parameter.device
+
+    def _own_parameter(self) -> nn.Parameter | None:
+        own = self.default_transform._parameters.values()
+        return next((parameter for parameter in own if parameter is not None), None)
+
+    def __repr__(self) -> str:
+        states = ", ".join(state.name for state in self.state_layout.lifecycle_states())
+        return f"KasminaLayer('{self.name}', {self.host_name}, seeds: {states})"
 
     def seed_name(self, seed_idx: int) -> str:
         return f"seed {seed_idx} on '{self.name}'"
@@ -120,6 +140,7 @@ class KasminaLayer:
 
     def chunk(self, seed_idx: int) -> tuple[int, int]:
         """Return start and length of a seed's channels."""
+        self.check_seed(seed_idx)
         return chunk_bounds(self._known_shapes().channels, self.num_seeds)[seed_idx]
 
     def site(self, seed_idx: int) -> SiteSignature:
@@ -172,13 +193,14 @@ class KasminaLayer:
     def train(self, seed_idx: int, kernel: Kernel) -> None:
         """LOADING > TRAINING: seat the kernel; it learns, the host does not hear it."""
         self._move(seed_idx, SeedState.TRAINING, "kernel loaded", kernel.artifact_id)
-        self._occupy(seed_idx, kernel).isolated = True
+        seat = self._occupy(seed_idx, kernel)
+        self._seats().isolate(seed_idx, seat)
 
     def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
         """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
         self._check_state(seed_idx, SeedState.TRAINING, SeedState.GRAFTING)
         self._move(seed_idx, SeedState.GRAFTING, "trained in isolation")
-        self._seat(seed_idx).isolated = False
+        self._seats().admit(seed_idx, self._seat(seed_idx))
         self._ramp(seed_idx, strategy)
 
     def graft_new(
@@ -187,7 +209,8 @@ class KasminaLayer:
         """LOADING > GRAFTING: for fixed functions (with a ramp), and by hand (a fixed alpha)."""
         self._check_state(seed_idx, SeedState.LOADING, SeedState.GRAFTING)
         self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", kernel.artifact_id)
-        self._occupy(seed_idx, kernel)
+        seat = self._occupy(seed_idx, kernel)
+        self._seats().admit(seed_idx, seat)
         if strategy is None:
             self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
         else:
@@ -250,8 +273,9 @@ class KasminaLayer:
         bank, index = self.kasmina.bank, self.first_seed + seed_idx
         bank.write("error_count", index, bank.mirror["error_count"][index] + 1)
         logger.error("%s: kernel not loaded: %s", self.seed_name(seed_idx), error)
-        self._move(seed_idx, SeedState.CULLED, f"{type(error).__name__}: {error}")
-        self.revive(seed_idx)
+        reason = f"{type(error).__name__}: {error}"
+        self._move(seed_idx, SeedState.CULLED, reason)
+        self._move(seed_idx, SeedState.DORMANT, "nothing was loaded")
 
     @contextlib.contextmanager
     def silenced(self, seed_idx: int) -> Iterator[None]:
@@ -267,41 +291,71 @@ class KasminaLayer:
     def kernel(self, seed_idx: int) -> Kernel | None:
         """Return the kernel in a seed's place, or None."""
         seats = seats_of(self.default_transform)
-        occupied = seats is not None and str(seed_idx) in seats
-        return self._seat(seed_idx).kernel if occupied else None
+        seat = None if seats is None else seats.occupant(seed_idx)
+        return None if seat is None else seat.kernel
 
     def quarantine_reason(self, seed_idx: int) -> str | None:
         """Return why the seed was taken out of the output for good, or None if it was not."""
         if not self.kasmina.bank.mirror["fallback_active"][self.first_seed + seed_idx]:
             return None
-        if self._seat(seed_idx).failed:
-            return "its kernel raised an error"
-        return f"non-finite numbers in {self.kasmina.settings.max_errors} steps"
+        failure = self._seat(seed_idx).failure
+        steps = int(self.state_layout.value("error_count", seed_idx))
+        return f"its kernel raised {failure}" if failure else f"non-finite numbers in {steps} steps"
+
+    def bypass(self, seed_idx: int) -> bool:
+        """Stop running a FOSSILIZED kernel whose output is quarantined; True the first time."""
+        seat = self._seat(seed_idx)
+        if seat.bypassed:
+            return False
+        seat.bypassed = True
+        return True
 
     # ------------------------------------------------------------------ observation
 
     def arm(self) -> None:
         """Let the next forwards report to :meth:`observe`."""
-        self.default_transform.__dict__[morph.OBSERVER] = self
-        self.default_transform.__class__ = morph.observing_class(self._resting_class())
+        morph.lend_class(self.default_transform, observer=self)
 
     def rest(self) -> None:
         """Give the layer the class that it has when it is not observed."""
-        self.default_transform.__dict__.pop(morph.OBSERVER, None)
-        self.default_transform.__class__ = self._resting_class()
+        morph.lend_class(self.default_transform)
 
     def observe(self, inp: Tensor, out: Tensor, timer: morph.DeviceTimer) -> None:
-        """Take in one forward: shapes always, statistics on observed training steps."""
-        self.shapes = observed_shapes(self.kind, inp, out)
-        self.dtype = out.dtype
-        self.num_seeds = self._seeds_that_fit(self.num_seeds)
+        """Take in one forward: shapes the first time, statistics on observed training steps.
+
+        Watching must not disturb what is watched: whatever goes wrong is logged once per layer.
+        """
+        try:
+            if out.is_floating_point() and out.dim() > 1:
+                self._learn_shapes(inp, out)
+                self._take_statistics(out, timer)
+        except Exception as error:
+            if self._trouble is None:
+                self._trouble = f"{type(error).__name__}: {error}"
+                logger.warning("layer '%s' is not observed: %s", self.name, self._trouble)
         if not self.kasmina.observing:
             self.rest()
+
+    def _learn_shapes(self, inp: Tensor, out: Tensor) -> None:
+        """Take the first forward's shapes for good: kernels are made for them."""
+        shapes = observed_shapes(self.kind, inp, out)
+        if self._shown or (self.shapes is not None and self.shapes.channels != shapes.channels):
             return
-        if not (self.default_transform.training and torch.is_grad_enabled()):
+        self._shown = True
+        self.shapes = shapes
+        if not torch.is_autocast_enabled(out.device.type):
+            self._shown_dtype = out.dtype
+        self.num_seeds = self._seeds_that_fit(self.num_seeds)
+
+    def _take_statistics(self, out: Tensor, timer: morph.DeviceTimer) -> None:
+        bank = self.kasmina.bank
+        watched = self.default_transform.training and torch.is_grad_enabled()
+        if not (self.kasmina.observing and watched) or out.device != bank.device:
             return
-        health = self.kasmina.bank.fields["health_accumulator"]
-        place = (self.shapes.channel_dim, health, self.first_seed, self.num_seeds)
+        dim = self.kind.channel_dim(out.dim())
+        if out.shape[dim] != self._known_shapes().channels:
+            return  # called with several widths: the seeds are those of another one
+        place = (dim, bank.fields["health_accumulator"], self.first_seed, self.num_seeds)
         ops.observe(out.detach(), *place)
         if out.requires_grad:
             out.register_hook(functools.partial(_observe_gradient, place))
@@ -313,37 +367,44 @@ class KasminaLayer:
 
     # ------------------------------------------------------------------ seats
 
-    def _seat(self, seed_idx: int) -> Seat:
+    def occupants(self) -> list[Seat]:
+        seats = seats_of(self.default_transform)
+        return [] if seats is None else seats.occupants()
+
+    def _seats(self) -> Seats:
         seats = seats_of(self.default_transform)
         assert seats is not None
-        seat = seats[str(seed_idx)]
-        assert isinstance(seat, Seat)
+        return seats
+
+    def _seat(self, seed_idx: int) -> Seat:
+        seat = self._seats().occupant(seed_idx)
+        assert seat is not None
         return seat
 
     def _occupy(self, seed_idx: int, kernel: Kernel) -> Seat:
+        """Make a seat for the kernel, and tell everybody but the module tree."""
         chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
         cell = SeedCell(self.kasmina.bank, self.first_seed + seed_idx)
         seat = Seat(self.seed_name(seed_idx), kernel, cell, chunk)
         seat.train(self.default_transform.training)
         if seats_of(self.default_transform) is None:
             self.default_transform.add_module(SEATS, Seats())
-        seats = seats_of(self.default_transform)
-        assert seats is not None
-        seats[str(seed_idx)] = seat
         self.rest()
-        index = self.first_seed + seed_idx
-        self.kasmina.bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
-        self.kasmina.seat_taken(seat)
+        bank, index = self.kasmina.bank, self.first_seed + seed_idx
+        bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
+        bank.write("error_count", index, 0)
+        bank.write("fault", index, 0)
+        self.kasmina.seat_taken(self, seat)
         return seat
 
     def _vacate(self, seed_idx: int) -> None:
         self.kasmina.bank.clear(self.first_seed + seed_idx)
         seats = seats_of(self.default_transform)
-        if seats is None or str(seed_idx) not in seats:
+        seat = None if seats is None else seats.occupant(seed_idx)
+        if seats is None or seat is None:
             return
-        seat = self._seat(seed_idx)
-        del seats[str(seed_idx)]
-        if not seats:
+        seats.remove(seed_idx)
+        if not seats.occupants():
             del self.default_transform._modules[SEATS]
             self.rest()
         self.kasmina.seat_given_back(seat)
@@ -377,10 +438,6 @@ class KasminaLayer:
             _let_learn(self._seat(seed_idx), target in LEARNING)
         self.kasmina.record_transition(self, seed_idx, source, target, reason, artifact_id)
 
-    def _resting_class(self) -> type[nn.Module]:
-        occupied = seats_of(self.default_transform) is not None
-        return morph.active_class(self.host_class) if occupied else self.host_class
-
     def _known_shapes(self) -> SiteShapes:
         if self.shapes is None:
             raise EsperError(
@@ -401,12 +458,8 @@ class KasminaLayer:
         return self.shapes.channels
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    parameter = next(module.parameters(recurse=False), None)
-    return torch.get_default_dtype() if parameter is None else parameter.dtype
-
-
 def _let_learn(seat: Seat, learns: bool) -> None:
+    seat.learns = learns
     for parameter in seat.parameters():
         parameter.requires_grad_(learns)
         if not learns:

@@ -4,7 +4,6 @@ Only the root's class is exchanged, for a cached subclass without a ``forward`` 
 FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
-import copy
 import threading
 from collections.abc import Iterable
 from typing import Any, cast
@@ -14,11 +13,11 @@ from torch import nn
 
 from esper.config import SeedSettings
 from esper.errors import EsperError
-from esper.kasmina.execution import Kasmina
+from esper.kasmina.execution import SEEDED, Kasmina
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import OCCUPIED
 from esper.kasmina.loader import KernelSource
-from esper.kasmina.morph import made_once
+from esper.kasmina.morph import WRAPPED_FROM, copy_module, made_once, reduce_to_own_class
 from esper.kasmina.site import SiteType, site_type, site_type_names
 
 _KASMINA = "_esper_kasmina"
@@ -43,12 +42,16 @@ class MorphableModel(nn.Module):
         self.kasmina.connect(library)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer, **group_options: Any) -> None:
-        """Have new kernels' parameters join ``optimizer`` as groups with these options.
+        """Have the parameters of kernels, present and future, moved by ``optimizer``.
 
-        They leave it, with their state, when their seed is culled.
+        They join the group of their layer's own parameters, so that schedulers go on to work, or
+        become groups of their own with ``group_options`` such as ``lr`` (schedulers that keep a
+        list of learning rates, such as LambdaLR, do not take groups that come later). They leave,
+        with their state, when their seed is culled.
         """
-        self.kasmina.optimizer = optimizer
-        self.kasmina.group_options = group_options
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.kasmina.attach(optimizer, group_options)
 
     async def load_kernel(
         self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3
@@ -76,21 +79,32 @@ class MorphableModel(nn.Module):
         ):
             kasmina.advance()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module.zero_grad``, also for kernels in TRAINING, which are no submodules."""
+        super().zero_grad(set_to_none)
+        for seat in self.kasmina.isolated_seats():
+            seat.zero_grad(set_to_none)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MorphableModel":
+        """The seeds follow where ``.to()`` and its kin take the model."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.kasmina.follow(fn, _device_of(self))
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MorphableModel":
-        # Written out, since the default goes through __reduce_ex__, which drops the seeds.
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin = cast(MorphableModel, copy_module(self, memo))
+        twin.kasmina.plant()
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the plain host model; a grown one is refused, its kernels being code."""
         grown = self.kasmina.seeds_in(OCCUPIED)
         if grown:
-            raise EsperError(f"a model with kernels in place cannot be pickled: {grown}")
-        self.kasmina.release()  # no layer is pickled in a class that is only borrowed
-        return _rebuild, (_host_class(type(self)),), _host_state(self)
+            raise EsperError(
+                f"a model with kernels in place cannot be pickled: {grown}; "
+                "save its state_dict() or torch.export it"
+            )
+        return reduce_to_own_class(self, protocol)
 
 
 def wrap(
@@ -113,9 +127,9 @@ def wrap(
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"esper.wrap expects a torch.nn.Module, got {type(net).__name__}")
-    wrapped = [name for name, module in net.named_modules() if isinstance(module, MorphableModel)]
-    if wrapped:
-        raise ValueError(f"{type(net).__name__} is already wrapped (at '{wrapped[0]}')")
+    for name, module in net.named_modules():
+        if isinstance(module, MorphableModel) or module in SEEDED:
+            raise ValueError(f"{type(net).__name__} is already wrapped (at '{name}')")
     if settings is None:
         if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int):
             raise TypeError(f"seeds_per_layer must be an int, got {seeds_per_layer!r}")
@@ -149,11 +163,10 @@ def unwrap(model: nn.Module, *, discard_kernels: bool = False) -> nn.Module:
         )
     for name, seed_idx in grown:
         kasmina.layer(name).evict(seed_idx)
-    kasmina.release()
-    kasmina.close()
+    kasmina.uproot()
     del model.__dict__[_KASMINA]
     net: nn.Module = model
-    net.__class__ = _host_class(type(model))
+    net.__class__ = type(model).__dict__[WRAPPED_FROM]
     return net
 
 
@@ -161,27 +174,17 @@ def unwrap(model: nn.Module, *, discard_kernels: bool = False) -> nn.Module:
 def _morphable_class(host: type[nn.Module]) -> type[nn.Module]:
     # The host's own name: nn.Module looks parameters up through an AttributeError whose text holds
     # the class name, so a longer one cost nn.Linear(128, 64) 0.2 % of its instructions.
-    names = {"__module__": host.__module__, "__qualname__": f"Morphable{host.__qualname__}"}
-    return type(host.__name__, (MorphableModel, host), names)
-
-
-def _host_class(morphable: type[nn.Module]) -> type[nn.Module]:
-    host = morphable.__bases__[1]
-    assert issubclass(host, nn.Module)
-    return host
-
-
-def _rebuild(host: type[nn.Module]) -> nn.Module:
-    return host.__new__(host)
-
-
-def _host_state(model: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in model.__dict__.items() if name != _KASMINA}
+    members = {
+        "__module__": host.__module__,
+        "__qualname__": f"Morphable{host.__qualname__}",
+        WRAPPED_FROM: host,
+    }
+    return type(host.__name__, (MorphableModel, host), members)
 
 
 def _check_names_are_free(net: nn.Module) -> None:
-    ours = {name for name in vars(MorphableModel) if not name.startswith("_")}
-    taken = sorted(name for name in ours if hasattr(net, name))
+    ours = {name for name in vars(MorphableModel) if not hasattr(nn.Module, name)}
+    taken = sorted(name for name in ours if not name.startswith("_") and hasattr(net, name))
     if taken:
         raise ValueError(
             f"{type(net).__name__} has attributes that a MorphableModel needs: {', '.join(taken)}"
@@ -198,6 +201,10 @@ def _find_sites(
         for name, module in wanted.items()
         if (kind := site_type(module)) is not None
     }
+    if not sites and target_layers is not None:
+        raise ValueError(
+            f"target_layers selects no layer of {type(net).__name__} that can carry seeds"
+        )
     if not sites:
         raise ValueError(
             f"{type(net).__name__} has no layer that can carry seeds "
@@ -210,8 +217,8 @@ def _select(
     modules: dict[str, nn.Module], target_layers: Iterable[str | type[nn.Module]]
 ) -> dict[str, nn.Module]:
     """Return the modules that are named, or whose type is; every name must be a site."""
-    if isinstance(target_layers, str):
-        raise TypeError(f"target_layers must be a list of names, got the string {target_layers!r}")
+    if isinstance(target_layers, str | type):
+        raise TypeError(f"target_layers must be a list of names or types, got {target_layers!r}")
     selected = {}
     for target in target_layers:
         if isinstance(target, str):
@@ -234,4 +241,6 @@ def _named_site(modules: dict[str, nn.Module], name: str) -> nn.Module:
 
 def _device_of(net: nn.Module) -> torch.device:
     parameter = next(net.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    if parameter is None or parameter.is_meta:
+        return torch.device("cpu")
+    return parameter.device

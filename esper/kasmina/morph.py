@@ -4,8 +4,12 @@ A module's forward is changed by giving the instance another class: a subclass o
 once per host class and state kind and cached, with a class-level ``forward``. Closures or
 instance-level forwards would break deepcopy (the copy would compute with the original's weights),
 pickling and scripting; FSDP2 exchanges classes in the same way.
+
+Others exchange classes too (parametrizations, FSDP2), before us or on top of us. So no class is
+remembered: what a module goes back to is read off the class that it has.
 """
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -14,17 +18,42 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.seat import SEATS, Seats
+from esper.errors import EsperError
+from esper.kasmina.seat import SEATS, seats_of
 
 Derive = Callable[[type[nn.Module]], type[nn.Module]]
 
 OBSERVER = "_esper_observer"  # attribute of a module while it is being observed
+_BORROWED_FROM = "_esper_borrowed_from"  # attribute of a class that is made here
+WRAPPED_FROM = "_esper_wrapped_from"  # attribute of the class of a wrapped root
 
 
 def made_once(make: Derive) -> Derive:
     """Cache what ``make`` derives from a class. (Typed here, as mypy finds classes unhashable.)"""
     cached: Any = functools.cache(make)
     return cast(Derive, cached)
+
+
+def lend_class(module: nn.Module, observer: Any = None) -> None:
+    """Give ``module`` the class that it needs now: active if it has seats, observing if watched.
+
+    A class that somebody has put on top of one of ours stays as it is.
+    """
+    own = own_class(type(module))
+    needed = own if seats_of(module) is None else active_class(own)
+    module.__dict__.pop(OBSERVER, None)
+    if observer is not None:
+        module.__dict__[OBSERVER] = observer
+        needed = observing_class(needed)
+    if type(module) is not needed:
+        module.__class__ = needed
+
+
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return ``cls`` without the classes that are lent here."""
+    while _BORROWED_FROM in cls.__dict__:
+        cls = cls.__dict__[_BORROWED_FROM]
+    return cls
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -40,15 +69,23 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
     host_forward = host.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        seats = seats_of(self)
+        if seats is None:  # culled, under a class that somebody has put on top of this one
+            return cast(Tensor, host_forward(self, *args, **kwargs))
         inp = first_tensor(args, kwargs)
-        if not self._parameters:
-            # A parameterless host need not have saved its input, so others may modify it in
-            # place after this call; what the kernels save must not change under them.
+        if torch.is_grad_enabled() and not _saves_its_input(self, inp):
+            # Others may modify it in place after this call, as they may not where the host has
+            # saved it; what the kernels save must not change under them.
             inp = inp.clone()
-        seats = cast(Seats, self._modules[SEATS])
         return seats.apply_to(inp, host_forward(self, *args, **kwargs))
 
     return _subclass(host, "Active", forward)
+
+
+def _saves_its_input(host: nn.Module, inp: Tensor) -> bool:
+    weight = host._parameters.get("weight")
+    saves = weight is not None and weight.requires_grad
+    return saves and not torch.is_autocast_enabled(inp.device.type)
 
 
 @made_once
@@ -57,10 +94,13 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
     host_forward = host.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        observer = self.__dict__.get(OBSERVER)
+        if observer is None:
+            return cast(Tensor, host_forward(self, *args, **kwargs))
         timer = DeviceTimer(first_tensor(args, kwargs).device)
         out: Tensor = host_forward(self, *args, **kwargs)
         timer.stop()
-        self.__dict__[OBSERVER].observe(first_tensor(args, kwargs), out, timer)
+        observer.observe(first_tensor(args, kwargs), out, timer)
         return out
 
     return _subclass(host, "Observing", forward)
@@ -68,11 +108,48 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
 
 def _subclass(host: type[nn.Module], prefix: str, forward: Any) -> type[nn.Module]:
     forward.__qualname__ = f"{prefix}{host.__name__}.forward"
-    return type(f"{prefix}{host.__name__}", (host,), {"forward": forward, "__module__": __name__})
+    members = {
+        "forward": forward,
+        "__module__": __name__,
+        "__deepcopy__": copy_module,
+        "__reduce_ex__": reduce_to_own_class,
+        _BORROWED_FROM: host,
+    }
+    return type(f"{prefix}{host.__name__}", (host,), members)
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Deepcopy with seeds, unobserved. The default would go through ``__reduce_ex__``."""
+    twin = nn.Module.__new__(type(module))
+    memo[id(module)] = twin
+    for name, value in module.__dict__.items():
+        if name != OBSERVER:
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    lend_class(twin)
+    return twin
+
+
+def reduce_to_own_class(module: nn.Module, protocol: Any) -> Any:
+    """Pickle as what the module is without us; with kernels in place, which are code, refuse."""
+    if SEATS in module._modules:
+        raise EsperError(
+            f"a {own_class(type(module)).__name__} with kernels in place cannot be pickled; "
+            "save its state_dict() or torch.export it"
+        )
+    state = {k: v for k, v in module.__dict__.items() if not k.startswith("_esper_")}
+    own = own_class(type(module))
+    return new_module, (own.__dict__.get(WRAPPED_FROM, own),), state
+
+
+def new_module(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 class DeviceTimer:
-    """Measures one stretch of work on a device without waiting for it."""
+    """Measures one stretch of work on a device without waiting for it. Copies share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceTimer":
+        return self
 
     def __init__(self, device: torch.device):
         self._on_cuda = device.type == "cuda"

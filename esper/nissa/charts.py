@@ -19,6 +19,7 @@ Point = tuple[float, float]
 _MAX_TICKS = 8
 _MAX_POINTS = 400  # of a line; longer ones are drawn as means over equal runs of points
 _LOGARITHMIC_FROM = 5  # the ratio of largest to smallest value
+_VISIBLE_ALPHA = 0.01  # a smaller change is about a pixel
 _MARKER_GAP = 6.5  # percent; the width of a marker on a plot of 320 pixels
 _MARKED = {
     SeedState.GERMINATED: "germinated",
@@ -108,10 +109,12 @@ def step_scale(record: RunRecord) -> Scale:
 
 
 def epoch_ticks(record: RunRecord, x: Scale) -> list[Tick]:
+    """Mark where epochs begin, so that what happens in an epoch stands to the right of it."""
     stride = math.ceil(_nice(len(record.epochs) / _MAX_TICKS))
+    starts = [0, *(event.step for event in record.epochs)]
     return [
-        Tick(x.at(event.step), str(event.epoch))
-        for event in record.epochs
+        Tick(x.at(start), str(event.epoch))
+        for start, event in zip(starts, record.epochs, strict=False)
         if event.epoch % stride == 0
     ]
 
@@ -135,16 +138,25 @@ def accuracy_chart(record: RunRecord, x: Scale) -> Chart | None:
         for event in record.epochs
         if event.val_accuracy is not None
     ]
-    return _chart("Accuracy in percent", [Series("validation, epoch", "val", points)], x)
+    if not points:
+        return None
+    around = _linear_around([accuracy for _, accuracy in points])
+    y = Scale(max(around.low, 0), min(around.high, 100))
+    return _chart("Accuracy in percent", [Series("validation, epoch", "val", points)], x, y)
 
 
 def alpha_chart(record: RunRecord, x: Scale) -> Chart | None:
     """How far each seed was blended into its layer: 0 is the layer alone, 1 the kernel's output."""
-    series = [
-        Series(seed_label(alphas.seed_id), f"seed-{i % 6} dash-{i // 6 % 3}", list(alphas.points))
+    y = Scale(0, 1)
+    lines = [
+        Line(
+            seed_label(alphas.seed_id),
+            f"seed-{i % 6} dash-{i // 6 % 3}",
+            "".join(_path(_outline(stay), x, y) for stay in _stays(alphas.points)),
+        )
         for i, alphas in enumerate(record.alphas)
     ]
-    return _chart("Alpha, how far a kernel is blended in", series, x, Scale(0, 1))
+    return Chart("Alpha, how far a kernel is blended in", y.ticks(), lines, 0) if lines else None
 
 
 def markers(record: RunRecord, x: Scale) -> list[Marker]:
@@ -198,6 +210,25 @@ def _path(points: list[Point], x: Scale, y: Scale) -> str:
     return "".join(parts)
 
 
+def _stays(points: Sequence[Point]) -> list[list[Point]]:
+    """Split a seed's alphas where steps are missing: no kernel was in place."""
+    stays: list[list[Point]] = []
+    for point in points:
+        if not stays or point[0] > stays[-1][-1][0] + 1:
+            stays.append([])
+        stays[-1].append(point)
+    return stays
+
+
+def _outline(points: list[Point]) -> list[Point]:
+    """Leave out points between which the line hardly moves; corners stay sharp."""
+    kept = [points[0]]
+    for before, point in pairwise(points):
+        if abs(point[1] - kept[-1][1]) >= _VISIBLE_ALPHA:
+            kept += [before, point]
+    return list(dict.fromkeys([*kept, points[-1]]))
+
+
 def _run_length(points: Sequence[Point]) -> int:
     return max(1, math.ceil(len(points) / _MAX_POINTS))
 
@@ -216,6 +247,11 @@ def _scale_around(values: list[float]) -> Scale:
     low, high = min(values), max(values)
     if low > 0 and high > _LOGARITHMIC_FROM * low:
         return Scale(low / 1.1, high * 1.1, logarithmic=True)
+    return _linear_around(values)
+
+
+def _linear_around(values: list[float]) -> Scale:
+    low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - margin, high + margin)
 

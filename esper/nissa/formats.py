@@ -1,10 +1,10 @@
 """How numbers, bytes and seeds are written, in the terminal and in the report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from esper.contracts import SeedId, SeedState
+from esper.contracts import SeedId, SeedState, SiteSignature
 
 MISSING = "\N{EN DASH}"
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
@@ -63,6 +63,26 @@ def duration(value: float) -> str:
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def effect(contribution: float, standard_error: float | None = None) -> str:
+    """What a kernel does to the held-out loss, in words: a bare sign would be read either way."""
+    if not math.isfinite(contribution):
+        return "has an effect on the held-out loss that could not be measured"
+    verb = "raises" if contribution < 0 else "lowers"
+    error = "" if standard_error is None else f" ± {loss(standard_error)}"
+    return f"{verb} the held-out loss by {loss(abs(contribution))}{error}"
+
+
+def shape(sizes: Sequence[int | None]) -> str:
+    return " \N{MULTIPLICATION SIGN} ".join("any" if n is None else str(n) for n in sizes)
+
+
+def site_label(site: SiteSignature) -> str:
+    """Host, input and the seed's part of the output, without the batch: Linear 64 to 2."""
+    inp, act = (shape(sizes[1:]) for sizes in (site.inp_shape, site.act_shape))
+    kernel = f", kernel {shape(site.kernel_size)}" if site.kernel_size else ""
+    return f"{site.host} {inp} \N{RIGHTWARDS ARROW} {act}{kernel}"
 
 
 def state_label(state: SeedState) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from esper.contracts import SeedId
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.lifecycle import ACTIVE
 from esper.kasmina.model import MorphableModel
 from esper.nissa.record import LayerSummary, SeedSummary
 
@@ -36,14 +37,15 @@ def _summarize_layer(layer: KasminaLayer, contributions: Mapping[SeedId, float])
 
 
 def _summarize_seed(layer: KasminaLayer, seed_idx: int, contribution: float | None) -> SeedSummary:
-    kernel = layer.kernel(seed_idx)
+    kernel, state = layer.kernel(seed_idx), layer.state(seed_idx)
     if kernel is None:
-        return SeedSummary(index=seed_idx, state=layer.state(seed_idx))
+        return SeedSummary(index=seed_idx, state=state)
+    size = sum(weight.numel() for weight in kernel.weights())
     return SeedSummary(
         index=seed_idx,
-        state=layer.state(seed_idx),
+        state=state,
         design=kernel.manifest.design.name,
         artifact_id=kernel.artifact_id,
-        parameters=sum(weight.numel() for weight in kernel.weights()),
+        parameters=size if state in ACTIVE else 0,
         contribution=contribution,
     )

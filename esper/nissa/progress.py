@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import EpochEvent, SeedId, SeedState
-from esper.nissa.formats import count, flops, loss, percent, seed_label, state_label
+from esper.nissa.formats import count, flops, loss, percent, plural, seed_label, state_label
 from esper.nissa.record import ResultRow
 
 _SHOWN_EVENTS = 6
+_PRINTED_EPOCHS = 10  # without a terminal, one in so many epochs gets a line
 _STYLES = {
     SeedState.FOSSILIZED: "green",
     SeedState.CULLED: "red",
@@ -39,6 +40,8 @@ class RunProgress:
         )
         self._task = self._bar.add_task("epochs", total=total_epochs)
         self._epoch_line = ""
+        self._waiting = False
+        self._num_kernels = self._num_rejected = 0
         self._seeds: list[tuple[SeedId, SeedState, float, str | None]] = []
         self._events: deque[str] = deque(maxlen=_SHOWN_EVENTS)
         self._live = Live(console=self._console, get_renderable=self._render)
@@ -54,12 +57,23 @@ class RunProgress:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._waiting = False
         self._live.stop()
 
     def update_epoch(self, event: EpochEvent) -> None:
+        """Show an epoch's end; until :meth:`resume`, the pipeline decides what comes next."""
+        self._waiting = True
         self._bar.advance(self._task)
         self._epoch_line = _epoch_line(event)
-        self._print(f"epoch {event.epoch} of {self._total_epochs}: {self._epoch_line}")
+        done = int(self._bar.tasks[self._task].completed)
+        if done % _PRINTED_EPOCHS == 0 or done == self._total_epochs:
+            self._print(
+                f"epoch {event.epoch} ({done} of {self._total_epochs} done): {self._epoch_line}"
+            )
+
+    def resume(self) -> None:
+        """Training goes on."""
+        self._waiting = False
 
     def update_seeds(self, seeds: Iterable[tuple[SeedId, SeedState, float, str | None]]) -> None:
         """Show ``(id, state, alpha, design)`` of these seeds instead; dormant ones are left out."""
@@ -69,12 +83,26 @@ class RunProgress:
         self._events.append(text)
         self._print(text)
 
+    def kernel(self, text: str, *, rejected: bool) -> None:
+        """Count a kernel that was tried out; a terminal shows only the rejected ones by name."""
+        self._num_kernels += 1
+        self._num_rejected += rejected
+        if rejected:
+            self.event(text)
+        else:
+            self._print(text)
+
     def _print(self, line: str) -> None:
         if not self._console.is_terminal:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [self._bar, Text(self._epoch_line)]
+        if self._num_kernels:
+            tried = plural(self._num_kernels, "kernel")
+            parts.append(Text(f"{tried} tried, {self._num_rejected} rejected"))
+        if self._waiting:
+            parts.append(Text("deciding, waiting for the pipeline", style="yellow"))
         if self._seeds:
             parts.append(self._seed_table())
         parts += [
@@ -96,19 +124,17 @@ class RunProgress:
 
 
 def result_table(rows: Iterable[ResultRow]) -> Table:
-    """Return the final comparison; the network of this run is set in bold."""
+    """Return the final comparison on the test set; the network of this run is set in bold."""
     table = Table("network")
-    for heading in ("test accuracy", "test loss", "parameters", "training"):
-        table.add_column(heading, justify="right")
-    table.add_column("note")
+    for heading in ("accuracy", "loss", "parameters", "training"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            Text(row.label),
+            Text(f"{row.label} ({row.note})" if row.note else row.label),
             percent(row.test_accuracy),
             loss(row.test_loss),
             count(row.parameters),
             flops(row.training_flops),
-            Text(row.note),
             style="bold" if row.grown else None,
         )
     return table

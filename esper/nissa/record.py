@@ -27,7 +27,10 @@ class StepLoss(Contract):
 
 
 class AlphaSeries(Contract):
-    """How far one seed was blended into its layer's output, as ``(step, alpha)`` in step order."""
+    """How far one seed was blended into its layer's output, as ``(step, alpha)`` in step order.
+
+    There is a point for every step with a kernel in place, and one for the step that removed it.
+    """
 
     seed_id: SeedId
     points: tuple[tuple[int, float], ...]
@@ -40,7 +43,7 @@ class SeedSummary(Contract):
     state: SeedState = SeedState.DORMANT
     design: str | None = None
     artifact_id: Sha256 | None = None
-    parameters: int = Field(default=0, ge=0)  # added by the kernel
+    parameters: int = Field(default=0, ge=0)  # added by the kernel; 0 before it is blended in
     contribution: float | None = None  # held-out loss without the seed minus with it
 
 
@@ -84,8 +87,9 @@ class RunRecord(Contract):
     machine: str
     torch_version: str
     started_at: float  # seconds since the Unix epoch
-    duration_s: float = Field(ge=0)  # so far, if not finished
+    duration_s: float = Field(ge=0)  # of training this network; so far, if it still goes on
     finished: bool
+    interrupted: bool = False
     step_losses: tuple[StepLoss, ...] = ()
     epochs: tuple[EpochEvent, ...] = ()
     lifecycle: tuple[LifecycleEvent, ...] = ()
@@ -175,23 +179,30 @@ class RunRecorder:
         with self._lock:
             self._field_reports.append(report)
 
+    def stop_clock(self) -> None:
+        """Training is over; what is measured afterwards does not count. The first call stands."""
+        with self._lock:
+            self._outcome.setdefault("duration_s", time.perf_counter() - self._started)
+
     def finish(
         self,
         *,
         after: Iterable[LayerSummary] = (),
         results: Iterable[ResultRow] = (),
         audit_head: str | None = None,
+        interrupted: bool = False,
     ) -> None:
-        """Close the run: what became of the network, and stop the clock."""
+        """Close the run: what became of the network. Stops the clock if it still runs."""
+        self.stop_clock()
         outcome = {
-            "finished": True,
-            "duration_s": time.perf_counter() - self._started,
+            "finished": not interrupted,
+            "interrupted": interrupted,
             "after": tuple(after),
             "results": tuple(results),
             "audit_head": audit_head,
         }
         with self._lock:
-            self._outcome = outcome
+            self._outcome |= outcome
 
     def record(self) -> RunRecord:
         """Return everything so far; the run may go on."""

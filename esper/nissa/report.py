@@ -17,6 +17,7 @@ GLOSSARY = {
     "Blueprint": "the design of a small network that may be grown into a seed.",
     "Kernel": "a blueprint compiled for one kind of layer, ready to be loaded during training.",
     "Alpha": "how far a kernel is blended in: 0 is the layer alone, 1 the kernel's full output.",
+    "Held-out loss": "the error on data that the network is not trained on; less is better.",
     "Contribution": "held-out loss without the kernel minus with it: positive means that it helps.",
     "Kasmina": "the execution layer: carries the seeds and swaps kernels in and out between steps.",
     "Tezzeret": "the forge: compiles blueprints into kernels.",
@@ -43,8 +44,10 @@ def render_report(record: RunRecord) -> str:
         .render(
             record=record,
             headline=story.headline(record),
+            verdict=story.verdict(record.results),
             details=story.details(record),
             designs=story.designs(record),
+            adaptations=[(r, story.started_epoch(record, r)) for r in record.field_reports],
             charts=[chart for plot in plots if (chart := plot(record, x))],
             epoch_ticks=charts.epoch_ticks(record, x),
             markers=charts.markers(record, x),
@@ -72,6 +75,7 @@ def _environment() -> Environment:
         "count": formats.count,
         "date": _date,
         "duration": formats.duration,
+        "effect": formats.effect,
         "flops": formats.flops,
         "loss": formats.loss,
         "microseconds": formats.microseconds,
@@ -80,7 +84,8 @@ def _environment() -> Environment:
         "percent": formats.percent,
         "plural": formats.plural,
         "seed": formats.seed_label,
-        "shape": _shape,
+        "shape": formats.shape,
+        "site": formats.site_label,
         "state": formats.state_label,
     }
     return environment
@@ -93,12 +98,6 @@ def _code(text: str) -> Markup:
 
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _shape(layer: LayerSummary) -> str:
-    return " \N{MULTIPLICATION SIGN} ".join(
-        "any" if size is None else str(size) for size in layer.output_shape
-    )
 
 
 def _reasons(entry: KernelConsidered) -> list[str]:

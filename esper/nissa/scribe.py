@@ -6,6 +6,7 @@ from esper.contracts import (
     EpochEvent,
     FieldReport,
     KernelCharacterized,
+    KernelStatus,
     LifecycleEvent,
     OonaMessage,
     SeedId,
@@ -13,6 +14,7 @@ from esper.contracts import (
 )
 from esper.kasmina.lifecycle import OCCUPIED
 from esper.kasmina.model import MorphableModel
+from esper.nissa.formats import seed_label, site_label
 from esper.nissa.progress import RunProgress
 from esper.nissa.record import RunRecorder
 from esper.urza import Urza
@@ -34,7 +36,7 @@ class Scribe:
         self.recorder = recorder
         self.progress = progress
         self.contributions = contributions
-        self._epoch_start = 0
+        self._occupied: set[SeedId] = set()  # after the latest step
 
     def hear(self, message: OonaMessage) -> None:
         """Take in a message of the bus; runs in the pipeline's thread."""
@@ -42,7 +44,7 @@ class Scribe:
         if isinstance(payload, LifecycleEvent):
             self.recorder.add_lifecycle(payload)
             self.progress.event(
-                f"seed {payload.seed_id[1]} on {payload.seed_id[0]}: "
+                f"epoch {payload.epoch}: {seed_label(payload.seed_id)}: "
                 f"{payload.source.name} > {payload.target.name} ({payload.reason})"
             )
         elif isinstance(payload, FieldReport):
@@ -51,13 +53,16 @@ class Scribe:
             self._note_kernel(payload)
 
     def on_step(self, step: int, epoch: int) -> None:
+        self.progress.resume()
         alphas = {
             (name, seed_idx): self.model.kasmina.layer(name).state_layout.value(
                 "alpha_blend", seed_idx
             )
             for name, seed_idx in self.model.kasmina.seeds_in(OCCUPIED)
         }
-        self.recorder.add_alphas(step, alphas)
+        vacated = dict.fromkeys(self._occupied - alphas.keys(), 0.0)
+        self.recorder.add_alphas(step, alphas | vacated)
+        self._occupied = set(alphas)
 
     def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
         first = event.step - len(step_losses) + 1
@@ -75,10 +80,10 @@ class Scribe:
         self.recorder.add_kernel(kernel, report)
         failed = next((check for check in report.checks if not check.passed), None)
         verdict = f"{kernel.status}: {failed.reason}" if failed else str(kernel.status)
-        site = kernel.manifest.site
-        self.progress.event(
-            f"Urabrask: {kernel.manifest.design.name} for {site.host}"
-            f"{list(site.act_shape)}: {verdict}"
+        manifest = kernel.manifest
+        self.progress.kernel(
+            f"Urabrask: {manifest.design.name} for {site_label(manifest.site)}: {verdict}",
+            rejected=kernel.status is KernelStatus.REJECTED,
         )
 
     def _busy_seeds(self) -> list[tuple[SeedId, SeedState, float, str | None]]:

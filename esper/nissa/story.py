@@ -11,10 +11,9 @@ from esper.contracts import (
     FieldReport,
     KernelStatus,
     Outcome,
-    SeedEvaluation,
     SeedState,
 )
-from esper.nissa.formats import count, number, plural
+from esper.nissa.formats import effect, loss, plural
 from esper.nissa.record import ResultRow, RunRecord
 
 _WINDOW = 4  # epochs before an adaptation in which the loss is compared with what went before
@@ -43,9 +42,33 @@ def headline(record: RunRecord) -> str:
 
 
 def details(record: RunRecord) -> list[str]:
-    """The sentences after the headline: who won, what was tried, and what it was worth."""
+    """What was tried, and what each kernel was worth."""
     adaptations = [_adaptation(record, report) for report in record.field_reports]
-    return [text for text in (verdict(record.results), *adaptations, _forge(record)) if text]
+    return [text for text in (_forge(record), *adaptations, unjudged(record)) if text]
+
+
+def unjudged(record: RunRecord) -> str:
+    """Say so if training ended before any kernel could prove itself; empty otherwise."""
+    judged = record.field_reports or any(event.evaluations for event in record.epochs)
+    if judged or not (record.finished or record.interrupted):
+        return ""
+    validated = plural(_statuses(record).count(KernelStatus.VALIDATED), "kernel")
+    return (
+        f"No kernel was judged in the network: "
+        f"the pipeline had validated {validated} when training ended."
+    )
+
+
+def started_epoch(record: RunRecord, report: FieldReport) -> int:
+    """Return the epoch in which the seed germinated; the decision may have fallen one earlier."""
+    germinations = [
+        event.epoch
+        for event in record.lifecycle
+        if event.target is SeedState.GERMINATED
+        and (event.seed_id, event.artifact_id) == (report.seed_id, report.artifact_id)
+        and report.started_epoch <= event.epoch <= report.ended_epoch
+    ]
+    return germinations[0] if germinations else report.started_epoch
 
 
 def verdict(results: Iterable[ResultRow]) -> str:
@@ -56,7 +79,7 @@ def verdict(results: Iterable[ResultRow]) -> str:
     if len(accuracies) == len(rows):
         return _compared(accuracies, lambda lead: f"{100 * lead:.2f} percentage points")
     if len(losses) == len(rows):
-        return _compared(losses, lambda lead: f"{number(lead)} in loss")
+        return _compared(losses, lambda lead: f"{loss(lead)} in loss")
     return ""
 
 
@@ -73,8 +96,8 @@ def designs(record: RunRecord) -> dict[str, str]:
 
 
 def _opening(record: RunRecord, report: FieldReport) -> str:
-    epoch = report.started_epoch
-    if _had_stalled(record.epochs, epoch):
+    epoch = started_epoch(record, report)
+    if _had_stalled(record.epochs, report.started_epoch):
         return f"The network {record.network} could no longer improve at epoch {epoch}; "
     return f"In the network {record.network}, at epoch {epoch}, "
 
@@ -82,7 +105,7 @@ def _opening(record: RunRecord, report: FieldReport) -> str:
 def _had_stalled(epochs: Iterable[EpochEvent], until_epoch: int) -> bool:
     losses = [event.val_loss for event in epochs if event.epoch <= until_epoch]
     earlier, window = (
-        [loss for loss in part if math.isfinite(loss)]
+        [value for value in part if math.isfinite(value)]
         for part in (losses[:-_WINDOW], losses[-_WINDOW:])
     )
     if not earlier or not window:
@@ -116,7 +139,7 @@ def _layers(record: RunRecord, states: Container[SeedState]) -> str:
 
 
 def _forge(record: RunRecord) -> str:
-    statuses = [entry.kernel.status for entry in record.kernels]
+    statuses = _statuses(record)
     if not statuses:
         return ""
     return (
@@ -124,6 +147,10 @@ def _forge(record: RunRecord) -> str:
         f"{statuses.count(KernelStatus.VALIDATED)} of them found safe and correct, "
         f"{statuses.count(KernelStatus.REJECTED)} rejected."
     )
+
+
+def _statuses(record: RunRecord) -> list[KernelStatus]:
+    return [entry.kernel.status for entry in record.kernels]
 
 
 def _adaptation(record: RunRecord, report: FieldReport) -> str:
@@ -135,16 +162,9 @@ def _adaptation(record: RunRecord, report: FieldReport) -> str:
     }[report.outcome]
     text = f"In `{report.seed_id[0]}`, {kernel} {verb} at epoch {report.ended_epoch}"
     if report.evaluation is not None:
-        text += f": {_effect(report.evaluation)}"
+        evaluation = report.evaluation
+        text += f": it {effect(evaluation.contribution, evaluation.standard_error)}"
     return f"{text}."
-
-
-def _effect(evaluation: SeedEvaluation) -> str:
-    if not math.isfinite(evaluation.contribution):
-        return "its effect on the held-out loss could not be measured"
-    change = f"{number(abs(evaluation.contribution))} ± {number(evaluation.standard_error)}"
-    direction = "higher" if evaluation.contribution < 0 else "lower"
-    return f"with it, the held-out loss was {change} {direction}"
 
 
 def _compared(scored: list[Scored], described: Callable[[float], str]) -> str:
@@ -174,4 +194,4 @@ def _won(winner: ResultRow, loser: ResultRow, lead: str) -> str:
 
 
 def _size(row: ResultRow) -> str:
-    return f"{count(row.parameters)} parameters"
+    return plural(row.parameters, "parameter")

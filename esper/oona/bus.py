@@ -8,7 +8,7 @@ dropped.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 
 from esper.contracts import Contract, OonaMessage, Topic
@@ -52,8 +52,8 @@ class Oona(ABC):
         """
 
     @abstractmethod
-    async def drained(self) -> None:
-        """Return once every group has acknowledged everything that was published."""
+    async def drained(self, topics: Collection[Topic] = tuple(Topic)) -> None:
+        """Return once every group has acknowledged all that was published on ``topics``."""
 
     @abstractmethod
     def stats(self) -> dict[Topic, TopicStats]: ...

@@ -1,9 +1,10 @@
 """The embedded transport: bounded streams in this process, with the semantics of the others."""
 
 import asyncio
+import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, field
 
 from esper.contracts import OonaMessage, Topic
@@ -86,10 +87,11 @@ class MemoryBus(Oona):
                 raise
             self._acknowledge(topic, group, message)
 
-    async def drained(self) -> None:
+    async def drained(self, topics: Collection[Topic] = tuple(Topic)) -> None:
         while not self._closed:
             with self._waiter() as changed:
-                if not any(stats.waiting for stats in self.stats().values()):
+                stats = self.stats()
+                if not any(stats[topic].waiting for topic in topics):
                     return
                 await changed.wait()
 
@@ -155,7 +157,7 @@ class MemoryBus(Oona):
 
     def _wake(self) -> None:
         for loop, event in list(self._waiters):
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody waits there
                 loop.call_soon_threadsafe(event.set)
 
 

@@ -27,6 +27,8 @@ from esper.tamiyo.policy import ModelView, PlateauPolicy, Policy
 
 logger = logging.getLogger(__name__)
 
+_ENDS = (SeedState.FOSSILIZED, SeedState.CULLED, SeedState.CANCELLED, SeedState.ROLLED_BACK)
+
 
 class Library(Protocol):
     """What Tamiyo asks of Urza."""
@@ -123,17 +125,18 @@ class Tamiyo:
         adaptation = self._adaptations.get(event.seed_id)
         if adaptation is None:
             return
-        if event.source is event.target and event.target not in OCCUPIED:
-            del self._adaptations[event.seed_id]  # the germination was refused
+        if event.source is event.target:
+            if event.target not in OCCUPIED:
+                del self._adaptations[event.seed_id]  # the germination was refused
             return
         if event.target in (SeedState.TRAINING, SeedState.GRAFTING):
             adaptation.occupied = True
-        if event.target in (SeedState.FOSSILIZED, SeedState.CULLED):
+        if event.target in _ENDS:
             await self._conclude(event, adaptation)
 
     async def _conclude(self, event: LifecycleEvent, adaptation: _Adaptation) -> None:
         self._last_change_epoch = event.epoch
-        if event.target is SeedState.CULLED:
+        if event.target is not SeedState.FOSSILIZED:
             del self._adaptations[event.seed_id]
             failed = self._failures.setdefault(event.seed_id, set())
             failed.add(adaptation.kernel.artifact_id)
@@ -157,6 +160,11 @@ class Tamiyo:
             health=dict(self._health),
             states=dict(self._states),
             failures={seed_id: frozenset(ids) for seed_id, ids in self._failures.items()},
+            adapting=frozenset(
+                seed_id
+                for seed_id in self._adaptations
+                if self._states.get(seed_id) is not SeedState.FOSSILIZED
+            ),
             num_adaptations=self._num_adaptations,
             num_parameters_added=sum(
                 adaptation.kernel.manifest.num_parameters
@@ -178,6 +186,6 @@ class Tamiyo:
 
 
 def _outcome(event: LifecycleEvent, adaptation: _Adaptation) -> Outcome:
-    if event.target is SeedState.FOSSILIZED:
-        return Outcome.FOSSILIZED
-    return Outcome.CULLED if adaptation.occupied else Outcome.FAILED
+    if event.target is SeedState.CULLED and not adaptation.occupied:
+        return Outcome.FAILED
+    return Outcome(event.target.name)

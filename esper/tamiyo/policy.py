@@ -21,13 +21,6 @@ from esper.contracts import (
     SeedState,
 )
 
-_BUSY = frozenset(SeedState) - {
-    SeedState.DORMANT,
-    SeedState.FOSSILIZED,
-    SeedState.CULLED,
-    SeedState.ROLLED_BACK,
-}
-
 
 @dataclass(frozen=True)
 class ModelView:
@@ -37,6 +30,7 @@ class ModelView:
     health: Mapping[SeedId, HealthSignal]  # the latest signal of each seed
     states: Mapping[SeedId, SeedState]
     failures: Mapping[SeedId, frozenset[str]]  # artifacts that were culled at a seed
+    adapting: frozenset[SeedId]  # seeds with an adaptation of the controller's under way
     num_adaptations: int  # begun so far
     num_parameters_added: int  # by kernels that are in place
     last_change_epoch: int | None  # when a seed last settled or was culled
@@ -90,15 +84,15 @@ class PlateauPolicy:
             seed_idx=evaluation.seed_id[1],
             epoch=epoch,
             reason=(
-                f"contribution {evaluation.contribution:+.4f} to the held-out loss, "
-                f"{'more' if keep else 'not more'} than {needed:.4f} "
-                f"({self.settings.required_standard_errors:g} standard errors)"
+                f"{_effect(evaluation.contribution)} the held-out loss by "
+                f"{abs(evaluation.contribution):.4f}, {'more' if keep else 'not more'} than the "
+                f"{needed:.4f} that chance may do"
             ),
         )
 
     def _may_grow(self, view: ModelView) -> bool:
         settings, epoch = self.settings, view.epochs[-1].epoch
-        if any(state in _BUSY for state in view.states.values()):
+        if view.adapting:
             return False
         if view.num_adaptations >= settings.max_adaptations or epoch < settings.warmup_epochs:
             return False
@@ -142,6 +136,7 @@ class PlateauPolicy:
         self, view: ModelView, seed_id: SeedId, kernel: KernelRecord, gain: float
     ) -> KasminaControlCommand:
         losses = [event.val_loss for event in view.epochs[-self.settings.window_epochs :]]
+        change = relative_improvement(losses)
         return KasminaControlCommand(
             kind=CommandKind.GERMINATE,
             layer_name=seed_id[0],
@@ -150,10 +145,14 @@ class PlateauPolicy:
             strategy=self.strategy,
             epoch=view.epochs[-1].epoch,
             reason=(
-                f"held-out loss improved by {relative_improvement(losses):.1%} in "
+                f"the held-out loss {'fell' if change >= 0 else 'rose'} by {abs(change):.1%} in "
                 f"{len(losses)} epochs; the expected gain {gain:.3g} is the largest on offer"
             ),
         )
+
+
+def _effect(contribution: float) -> str:
+    return "lowers" if contribution > 0 else "does not lower"
 
 
 def _dormant_seeds(view: ModelView) -> list[SeedId]:
@@ -165,9 +164,9 @@ def _dormant_seeds(view: ModelView) -> list[SeedId]:
 
 
 def relative_improvement(losses: Sequence[float]) -> float:
-    """Return by which part of its mean the least-squares line through ``losses`` falls."""
+    """Return by which part of their size the least-squares line through ``losses`` falls."""
     n = len(losses)
-    centre, mean = (n - 1) / 2, sum(losses) / n
+    centre, mean, size = (n - 1) / 2, sum(losses) / n, sum(map(abs, losses)) / n
     spread = sum((x - centre) ** 2 for x in range(n))
     slope = sum((x - centre) * (y - mean) for x, y in enumerate(losses)) / spread
-    return 0.0 - slope * (n - 1) / mean if mean else 0.0
+    return 0.0 - slope * (n - 1) / size if size else 0.0

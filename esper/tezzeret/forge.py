@@ -7,6 +7,8 @@ process, which is killed and replaced when it hangs or crashes; the library is c
 import asyncio
 import logging
 from contextlib import suppress
+from types import TracebackType
+from typing import Self
 
 from esper.config import ForgeSettings
 from esper.contracts import (
@@ -21,7 +23,7 @@ from esper.contracts import (
     SiteSignature,
     Topic,
 )
-from esper.errors import EsperError, LibraryError
+from esper.errors import BlueprintError, EsperError, LibraryError
 from esper.kasmina.kernel import GRAPH_FILE
 from esper.oona import Oona
 from esper.tezzeret.pipelines import check_available, torch_release
@@ -34,7 +36,15 @@ _NAME = "tezzeret"
 
 
 class Tezzeret:
-    """The compile forge. All methods belong to one event loop."""
+    """The compile forge. All methods belong to one event loop.
+
+    Args:
+        urza: the library that blueprints and kernels are stored in.
+        bus: where new blueprints and kernels are announced, and from which :meth:`run` takes
+            work; without one, the library is all that is looked at.
+        settings: limits of what a design may cost, and of what compiling it may cost.
+        device: kind of device that kernels are made for, ``"cpu"`` or ``"cuda"``.
+    """
 
     def __init__(
         self,
@@ -59,23 +69,15 @@ class Tezzeret:
 
         What is known already is announced only if it still has to be compiled. Raises
         :class:`BlueprintError` for a design that cannot be traced, :class:`WorkerError` for one
-        that crashes or hangs.
+        that crashes or hangs. What torch.export has to say is long: the BlueprintError carries
+        its first line, and all of it is logged at DEBUG.
         """
-        header, blobs = await self._worker.call(
-            "trace",
-            {
-                "design": design.model_dump(mode="json"),
-                "site": site.model_dump(mode="json"),
-                "dtype": dtype,
-                "settings": self._settings.model_dump(mode="json"),
-            },
-            {},
-            timeout_s=self._settings.timeout_s,
-        )
-        blueprint = Blueprint.model_validate(header["blueprint"])
-        blueprint_id = await asyncio.to_thread(
-            self._urza.submit_blueprint, blueprint, blobs[GRAPH_FILE]
-        )
+        try:
+            blueprint, graph = await self._trace(design, site, dtype)
+        except BlueprintError as error:
+            logger.debug("%s", error)
+            raise BlueprintError(_shortened(error)) from None
+        blueprint_id = await asyncio.to_thread(self._urza.submit_blueprint, blueprint, graph)
         if await asyncio.to_thread(self._is_due, blueprint_id):
             self._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id=blueprint_id))
         return blueprint_id
@@ -124,13 +126,41 @@ class Tezzeret:
         """Kill the child process. What it was doing fails with :class:`WorkerError`."""
         await self._worker.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
     async def _compile_if_due(self, blueprint_id: str) -> None:
         if not await asyncio.to_thread(self._is_due, blueprint_id):
             return
         try:
             await self.compile(blueprint_id)
         except EsperError as error:
-            logger.warning("blueprint %s was not compiled: %s", blueprint_id, error)
+            logger.warning("blueprint %s was not compiled: %s", blueprint_id, _shortened(error))
+            logger.debug("blueprint %s: %s", blueprint_id, error)
+
+    async def _trace(
+        self, design: Design, site: SiteSignature, dtype: str
+    ) -> tuple[Blueprint, bytes]:
+        header, blobs = await self._worker.call(
+            "trace",
+            {
+                "design": design.model_dump(mode="json"),
+                "site": site.model_dump(mode="json"),
+                "dtype": dtype,
+                "settings": self._settings.model_dump(mode="json"),
+            },
+            {},
+            timeout_s=self._settings.timeout_s,
+        )
+        return Blueprint.model_validate(header["blueprint"]), blobs[GRAPH_FILE]
 
     async def _package(self, blueprint_id: str) -> str:
         blueprint = await asyncio.to_thread(self._urza.blueprint, blueprint_id)
@@ -175,3 +205,8 @@ class Tezzeret:
         wanted = (blueprint_id, self._device, torch_release())
         made = (record.manifest for record in self._urza.kernels())
         return wanted not in {(m.blueprint_id, m.device, m.torch_version) for m in made}
+
+
+def _shortened(error: Exception) -> str:
+    head, _, rest = str(error).partition("\n")
+    return f"{head} (the rest is logged at DEBUG)" if rest else head

@@ -1,6 +1,6 @@
 """Tolaria, the training ground: a ready-made loop, and the pieces for other people's loops."""
 
-from esper.tolaria.evaluation import Evaluation, evaluate, evaluate_seeds
+from esper.tolaria.evaluation import Evaluation, evaluate, measure_epoch, validate
 from esper.tolaria.flops import FlopMeter, training_flops
 from esper.tolaria.loop import Callback, Tolaria
 
@@ -10,6 +10,7 @@ __all__ = [
     "FlopMeter",
     "Tolaria",
     "evaluate",
-    "evaluate_seeds",
+    "measure_epoch",
     "training_flops",
+    "validate",
 ]

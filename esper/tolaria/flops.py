@@ -4,23 +4,26 @@ import collections
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.contracts import EpochEvent
 from esper.kasmina.lifecycle import LEARNING, OCCUPIED
 from esper.kasmina.model import MorphableModel
-from esper.tolaria.evaluation import Batch, LossPerSample
+from esper.tolaria.evaluation import Batch, LossPerSample, loss_per_sample
 
 
 def training_flops(model: nn.Module, batch: Batch, loss_fn: LossPerSample) -> int:
     """Count forward and backward of one step on a copy: products and sums of matmul and conv.
 
-    Elementwise work is not counted, as ``torch.utils.flop_counter`` has it.
+    Elementwise work is not counted, as ``torch.utils.flop_counter`` has it. The random numbers
+    that training draws afterwards are the same as without the count.
     """
     twin = copy.deepcopy(model).train()
-    with FlopCounterMode(display=False) as counter:
-        loss_fn(twin(batch[0]), batch[1]).mean().backward()
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=gpus), FlopCounterMode(display=False) as counter:
+        loss_per_sample(loss_fn, twin(batch[0]), batch[1]).mean().backward()
     return int(counter.get_total_flops())
 
 

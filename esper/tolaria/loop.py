@@ -8,7 +8,14 @@ from torch import Tensor
 
 from esper.contracts import EpochEvent
 from esper.kasmina.model import MorphableModel
-from esper.tolaria.evaluation import Batch, LossPerSample, evaluate, evaluate_seeds
+from esper.tolaria.evaluation import (
+    Batch,
+    LossPerSample,
+    batches_of,
+    check_wrapped,
+    loss_per_sample,
+    measure_epoch,
+)
 
 
 class Callback(Protocol):
@@ -24,9 +31,17 @@ class Callback(Protocol):
 class Tolaria:
     """Trains a wrapped model.
 
-    ``loss_fn(output, target)`` returns one loss per sample, ``(B,)``: training takes the mean,
-    and a seed's contribution is judged by pairs of per-sample losses. Loaders are re-iterable and
-    give ``(input, target)`` on the model's device.
+    Args:
+        model: what :func:`esper.wrap` returned; anything else raises ``TypeError``.
+        optimizer: of the model's parameters. Those of new kernels join it, and leave it again.
+        loss_fn: ``loss_fn(output, target)`` returns one loss per sample, ``(B,)``, as torch's
+            losses do with ``reduction="none"``: training takes the mean, and a seed's contribution
+            is judged by pairs of losses.
+        train_loader: gives ``(input, target)`` on the model's device, anew for every epoch: a
+            DataLoader or a list, not a generator.
+        val_loader: the same for held-out data. It is gone through once an epoch, and may shuffle.
+        callbacks: called after every step and every epoch in this order; a
+            :class:`esper.Pipeline` is one.
     """
 
     def __init__(
@@ -38,6 +53,7 @@ class Tolaria:
         val_loader: Iterable[Batch],
         callbacks: Sequence[Callback] = (),
     ):
+        check_wrapped(model)
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
@@ -49,17 +65,27 @@ class Tolaria:
     def fit(self, epochs: int) -> list[EpochEvent]:
         """Train for so many epochs and return what was measured at the end of each.
 
-        The device is waited for at the ends of epochs only.
+        The device is waited for at the ends of epochs only. Raises ``ValueError`` for a negative
+        number, for a loader that gives no batch, and for a loss that is not one per sample.
         """
+        if epochs < 0:
+            raise ValueError(f"epochs must be at least 0, got {epochs}")
         first = self.model.kasmina.epoch
         return [self._epoch(epoch) for epoch in range(first, first + epochs)]
 
     def _epoch(self, epoch: int) -> EpochEvent:
         self.model.kasmina.epoch = epoch
         self.model.train()
-        losses = [self._step(inp, target, epoch) for inp, target in self.train_loader]
+        batches = batches_of(self.train_loader, "training loader")
+        losses = [self._step(inp, target, epoch) for inp, target in batches]
         step_losses = torch.stack(losses).tolist()
-        event = self._validate(epoch, sum(step_losses) / len(step_losses))
+        event = measure_epoch(
+            self.model,
+            self.val_loader,
+            self.loss_fn,
+            epoch=epoch,
+            train_loss=sum(step_losses) / len(step_losses),
+        )
         for callback in self.callbacks:
             callback.on_epoch(event, step_losses)
         self.model.kasmina.epoch = epoch + 1
@@ -67,22 +93,10 @@ class Tolaria:
 
     def _step(self, inp: Tensor, target: Tensor, epoch: int) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_fn(self.model(inp), target).mean()
+        loss = loss_per_sample(self.loss_fn, self.model(inp), target).mean()
         loss.backward()
         self.optimizer.step()
         self.model.step()
         for callback in self.callbacks:
             callback.on_step(self.model.kasmina.step_count, epoch)
         return loss.detach()
-
-    def _validate(self, epoch: int, train_loss: float) -> EpochEvent:
-        held_out = evaluate(self.model, self.val_loader, self.loss_fn)
-        return EpochEvent(
-            epoch=epoch,
-            step=self.model.kasmina.step_count,
-            train_loss=train_loss,
-            val_loss=held_out.loss,
-            val_loss_standard_error=held_out.standard_error,
-            val_accuracy=held_out.accuracy,
-            evaluations=evaluate_seeds(self.model, self.val_loader, self.loss_fn, held_out),
-        )

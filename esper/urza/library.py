@@ -59,11 +59,17 @@ class Urza:
     Ids that are no SHA-256 raise ValueError, unknown ones ArtifactNotFoundError, a database that
     cannot be used LibraryError. What is read is checked against its digest, and altered content
     raises ArtifactIntegrityError.
+
+    Args:
+        root: the library's folder. It is made if it is not there; any number of processes may
+            have it open. LibraryError if no folder can be there.
+        key_path: PEM file of the evaluator's private key, made if it is not there; by default
+            ``keys/evaluator.pem`` in the library. Elsewhere, those who may write to the library
+            need not be able to sign verdicts.
     """
 
     def __init__(self, root: Path | str, *, key_path: Path | None = None) -> None:
-        root = Path(root).absolute()
-        root.mkdir(parents=True, exist_ok=True)
+        root = _made_folder(Path(root).absolute())
         self._database = Database(root / "library.sqlite")
         self._blobs = BlobStore(root / "blobs")
         self.audit = AuditLog(self._database)
@@ -316,6 +322,14 @@ class Urza:
                 "key": self.trusted_key.hex(),
             },
         )
+
+
+def _made_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LibraryError(f"library {path}: cannot be a folder: {error.strerror}") from error
+    return path
 
 
 def _exists(connection: Connection, column: Column[Any], key: str) -> bool:
