@@ -212,6 +212,8 @@ class Pipeline:
 
     def _settle_accounts(self) -> None:
         """Let what has happened reach the audit log, Tamiyo and the library before all ends."""
+        if self._failure is not None:
+            return
         with contextlib.suppress(RuntimeError, TimeoutError, concurrent.futures.CancelledError):
             drained = asyncio.run_coroutine_threadsafe(self.bus.drained(_ACCOUNTS), self._loop)
             drained.result(_SETTLING_TIME_S)
