@@ -1,5 +1,6 @@
 """The README's example and the quickstart run as they are written."""
 
+import functools
 import re
 import runpy
 import sys
@@ -7,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_readmes_example_runs(tmp_path: Path) -> None:
     [source] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    images, labels = torch.rand(32, 64), torch.randint(10, (32,))
-    scope = {"library": tmp_path, "batches": [(images, labels)] * 3}
+    batches = [(torch.rand(32, 64), torch.randint(10, (32,)))] * 3
+    loss_fn = functools.partial(cross_entropy, reduction="none")
+    scope = {"folder": tmp_path, "train": batches, "held_out": batches, "per_sample_loss": loss_fn}
     exec(compile(source, "README.md", "exec"), scope)
-    assert scope["model"].kasmina.step_count == 3
+    assert scope["model"].kasmina.step_count == 9
+    assert scope["model"].kasmina.epoch == 3
     assert (tmp_path / "keys" / "evaluator.pem").exists()
 
 
