@@ -35,7 +35,7 @@ class Baseline(_Frozen):
 class Row(_Frozen):
     """One number.
 
-    For times, ``low`` and ``high`` are the 95% bootstrap interval and ``spread`` the 20% and 80%
+    For times, ``low`` and ``high`` are the 99% bootstrap interval and ``spread`` the 20% and 80%
     quantiles of the samples; for counts, which hardly vary, they are the extremes seen.
     """
 
