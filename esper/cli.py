@@ -2,7 +2,7 @@
 
 import argparse
 
-from esper import demo
+import esper.demo as demo
 
 
 def main(argv: list[str] | None = None) -> None:

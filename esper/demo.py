@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper import blueprints
+import esper.blueprints as blueprints
 from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
     Design,

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from esper import reference
+import esper.reference as reference
 
 _LIBRARY = Path(__file__).with_name("_ops.so")
 

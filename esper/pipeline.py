@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from esper import blueprints
+import esper.blueprints as blueprints
 from esper.config import EvaluatorSettings, ForgeSettings
 from esper.contracts import (
     Design,

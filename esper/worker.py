@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from esper import errors
+import esper.errors as errors
 from esper.errors import EsperError, WorkerError
 
 Header = dict[str, Any]

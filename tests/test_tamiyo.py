@@ -163,7 +163,8 @@ def test_a_seed_is_kept_if_it_contributes_more_than_its_standard_error(
 ) -> None:
     [command] = decide(view(kernel, epochs=epochs(FLAT, evaluation(contribution))))
     assert command.kind is verdict
-    assert f"the held-out loss by {abs(contribution):.4f}" in command.reason
+    effect = "lowers" if contribution > 0 else "raises"
+    assert f"{effect} the held-out loss by {abs(contribution):.4f}" in command.reason
 
 
 @pytest.mark.parametrize("contribution", [math.nan, -math.inf])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper import ops
+import esper.ops as ops
 from esper._host import SeedBlock
 from esper.contracts import RampCurve, SeedState
 

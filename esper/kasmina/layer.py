@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from esper import ops
+import esper.kasmina.morph as morph
+import esper.ops as ops
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.errors import EsperError, LifecycleError
-from esper.kasmina import morph
 from esper.kasmina.bank import SeedBank, SeedCell
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from esper import ops
+import esper.ops as ops
 from esper.kasmina.bank import SeedCell
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.site import ChannelDim

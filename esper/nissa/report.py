@@ -8,8 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+import esper.nissa.charts as charts
+import esper.nissa.formats as formats
+import esper.nissa.story as story
 from esper.contracts import KernelStatus, SeedState
-from esper.nissa import charts, formats, story
 from esper.nissa.record import KernelConsidered, LayerSummary, RunRecord
 
 GLOSSARY = {

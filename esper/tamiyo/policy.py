@@ -83,11 +83,7 @@ class PlateauPolicy:
             layer_name=evaluation.seed_id[0],
             seed_idx=evaluation.seed_id[1],
             epoch=epoch,
-            reason=(
-                f"{_effect(evaluation.contribution)} the held-out loss by "
-                f"{abs(evaluation.contribution):.4f}, {'more' if keep else 'not more'} than the "
-                f"{needed:.4f} that chance may do"
-            ),
+            reason=_effect(evaluation.contribution, needed),
         )
 
     def _may_grow(self, view: ModelView) -> bool:
@@ -151,8 +147,14 @@ class PlateauPolicy:
         )
 
 
-def _effect(contribution: float) -> str:
-    return "lowers" if contribution > 0 else "does not lower"
+def _effect(contribution: float, needed: float) -> str:
+    if not contribution > 0:
+        return f"raises the held-out loss by {-contribution:.4f}"
+    compared = "more" if contribution > needed else "no more"
+    return (
+        f"lowers the held-out loss by {contribution:.4f}, "
+        f"{compared} than the {needed:.4f} that chance may do"
+    )
 
 
 def _dormant_seeds(view: ModelView) -> list[SeedId]:
