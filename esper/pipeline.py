@@ -28,10 +28,10 @@ from esper.contracts import (
     Topic,
 )
 from esper.errors import BlueprintError, EsperError
-from esper.kasmina.execution import Observation
 from esper.kasmina.health import health_batch
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
+from esper.kasmina.observation import Observation
 from esper.oona import MemoryBus, Oona
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo

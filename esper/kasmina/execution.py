@@ -15,7 +15,6 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,13 +30,16 @@ from esper.contracts import (
     SeedState,
 )
 from esper.errors import EsperError
-from esper.kasmina.bank import SeedBank, Snapshot
+from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource
+from esper.kasmina.observation import LayerObservation, Observation
 from esper.kasmina.seat import Seat
 from esper.kasmina.site import SiteType
+from esper.kasmina.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
@@ -46,60 +48,6 @@ _NEVER = 2**62
 
 # Modules that carry some model's seeds: a second wrap must not plant on them again.
 SEEDED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def _uncancellable() -> "Future[bool]":
-    """A waiter that gives up must not take the answer from the training thread's hands."""
-    future: Future[bool] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-@dataclass(eq=False)
-class Tenancy:
-    """What one seed is going through, from germination until it is FOSSILIZED or DORMANT."""
-
-    layer: KasminaLayer
-    seed_idx: int
-    artifact_id: str
-    strategy: GraftingStrategy | None = None  # None: moved by hand
-    alpha: float = 0.0  # for loading by hand
-    steps_left: int | None = None  # in the present state; None: it waits for somebody's word
-    prepared: "Future[Kernel] | None" = None  # while LOADING
-    settled: "Future[bool]" = field(default_factory=_uncancellable)  # is it in place?
-
-    def answer(self, in_place: bool) -> None:
-        """Tell whoever waits for the kernel; only the first answer counts."""
-        if not self.settled.done():
-            self.settled.set_result(in_place)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Tenancy":
-        layer = copy.deepcopy(self.layer, memo)
-        return replace(self, layer=layer, prepared=None, settled=_uncancellable())
-
-
-@dataclass(frozen=True)
-class LayerObservation:
-    """Where a layer's seeds are in the snapshot, and how long its forward took."""
-
-    name: str
-    first_seed: int
-    num_seeds: int
-    execution_time_us: float
-
-    @classmethod
-    def of(cls, layer: KasminaLayer) -> "LayerObservation":
-        return cls(layer.name, layer.first_seed, layer.num_seeds, layer.observed_time_us())
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One observed step, handed to whoever turns it into health signals."""
-
-    snapshot: Snapshot
-    layers: tuple[LayerObservation, ...]
-    epoch: int
-    step: int
 
 
 class Kasmina:
@@ -127,8 +75,7 @@ class Kasmina:
         self.num_occupied = 0
         self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
         self.emit_observation: Callable[[Observation], None] | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.group_options: dict[str, Any] = {}
+        self.enrollment: Enrollment | None = None
         self.deterministic = settings.deterministic
         self._fossils: set[SeedId] = set()
         self._observed_step = 0
@@ -237,17 +184,16 @@ class Kasmina:
 
     def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
         """Have the kernels' parameters, present and future, moved by ``optimizer``."""
-        self.optimizer = optimizer
-        self.group_options = group_options
+        self.enrollment = Enrollment(optimizer, group_options)
         for layer in self.layers.values():
             for seat in layer.occupants():
-                self._enroll(layer, seat)
+                self.enrollment.enroll(layer.default_transform, seat)
 
     def seat_taken(self, layer: KasminaLayer, seat: Seat) -> None:
         self.num_occupied += 1
         self.cache.pin(seat.kernel.artifact_id)
-        if self.optimizer is not None:
-            self._enroll(layer, seat)
+        if self.enrollment is not None:
+            self.enrollment.enroll(layer.default_transform, seat)
         elif seat.kernel.weights():
             logger.warning(
                 "%s: its kernel will not learn: no optimizer is attached to the model "
@@ -258,8 +204,8 @@ class Kasmina:
     def seat_given_back(self, seat: Seat) -> None:
         self.num_occupied -= 1
         self.cache.unpin(seat.kernel.artifact_id)
-        if self.optimizer is not None:
-            _forget_parameters(self.optimizer, {id(p) for p in seat.parameters()})
+        if self.enrollment is not None:
+            self.enrollment.dismiss(seat)
 
     def record_transition(
         self,
@@ -323,7 +269,7 @@ class Kasmina:
             "inbox": deque(),
             "emit_lifecycle": None,
             "emit_observation": None,
-            "optimizer": None,
+            "enrollment": None,
             "observing": False,
             "_loader": None,
             "_executor": None,
@@ -377,22 +323,6 @@ class Kasmina:
     def isolated_seats(self) -> list[Seat]:
         seats = [seat for layer in self.layers.values() for seat in layer.occupants()]
         return [seat for seat in seats if seat.isolated]
-
-    def _enroll(self, layer: KasminaLayer, seat: Seat) -> None:
-        """Add a seat's parameters to the optimizer, if they are not there yet."""
-        assert self.optimizer is not None
-        groups = self.optimizer.param_groups
-        known = {id(parameter) for group in groups for parameter in group["params"]}
-        weights = [weight for weight in seat.parameters() if id(weight) not in known]
-        if not weights:
-            return
-        if self.group_options:
-            self.optimizer.add_param_group({"params": weights, **self.group_options})
-            return
-        # Into a group that is there already, which the user's scheduler knows.
-        own = {id(parameter) for parameter in layer.default_transform.parameters(recurse=False)}
-        homes = [g for g in groups if any(id(parameter) in own for parameter in g["params"])]
-        (homes or groups)[0]["params"].extend(weights)
 
     def _admit(self, tenancy: Tenancy, reason: str = "loaded by hand") -> None:
         tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id, reason)
@@ -561,16 +491,3 @@ def _move_on(tenancy: Tenancy) -> None:
         layer.fossilize(seed_idx, "fine-tuned")
     elif state is SeedState.CULLED:
         layer.revive(seed_idx)
-
-
-def _forget_parameters(optimizer: torch.optim.Optimizer, ids: set[int]) -> None:
-    """Remove parameters, their groups and their state from an optimizer; the rest is kept."""
-    emptied = []
-    for group in optimizer.param_groups:
-        leaving = [parameter for parameter in group["params"] if id(parameter) in ids]
-        for parameter in leaving:
-            optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-        if leaving and not group["params"]:
-            emptied.append(id(group))
-    optimizer.param_groups[:] = [g for g in optimizer.param_groups if id(g) not in emptied]

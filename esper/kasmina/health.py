@@ -10,7 +10,7 @@ scores 1.
 """
 
 from esper.contracts import HealthBatch, HealthSignal, SeedState
-from esper.kasmina.execution import Observation
+from esper.kasmina.observation import Observation
 
 _COLLAPSE = 1e-6  # relative variance at which an output counts as half collapsed
 
