@@ -103,8 +103,8 @@ class Kasmina:
     def layer(self, name: str) -> KasminaLayer:
         """Return a layer's handle; raises ``ValueError`` for an unknown name."""
         if name not in self.layers:
-            known = ", ".join(list(self.layers)[:8])
-            raise ValueError(f"Layer {name} not found (layers with seeds: {known}, ...)")
+            known = ", ".join([*self.layers][:8]) + (", ..." if len(self.layers) > 8 else "")
+            raise ValueError(f"Layer {name} not found (layers with seeds: {known})")
         return self.layers[name]
 
     def submit(self, command: KasminaControlCommand) -> None:
@@ -156,9 +156,8 @@ class Kasmina:
         tenancy.prepared = None
         if layer.state(seed_idx) is not SeedState.LOADING:
             return  # culled meanwhile
-        error: BaseException | None = EsperError("cancelled")
-        if not prepared.cancelled():
-            error = prepared.exception()
+        given_up = prepared.cancelled() or tenancy.settled.done()
+        error = EsperError("the load was given up") if given_up else prepared.exception()
         if error is None:
             error = self._try_to_seat(tenancy, prepared.result())
         if error is not None:
