@@ -27,7 +27,7 @@ from esper.contracts import (
     SiteSignature,
     Topic,
 )
-from esper.errors import BlueprintError, EsperError
+from esper.errors import EsperError
 from esper.kasmina.health import health_batch
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
@@ -61,9 +61,9 @@ class Pipeline:
     the bus. ``library`` is an Urza or the folder of one. ``designs`` says what is compiled for a
     site (by default every built-in design that fits), ``policy`` decides (by default a
     :class:`esper.tamiyo.PlateauPolicy`). ``listener`` is called with every message but telemetry,
-    in the pipeline's thread. With ``synchronous`` the end of an epoch
-    waits until every worker has nothing left to do, so that two runs take the same decisions at
-    the same steps; otherwise training never waits.
+    in the pipeline's thread. With ``synchronous`` the end of an epoch waits until every worker has
+    nothing left to do, so that two runs take the same decisions at the same steps; otherwise
+    training never waits.
     """
 
     def __init__(
@@ -154,11 +154,8 @@ class Pipeline:
 
         Raises :class:`EsperError` if a worker had failed: training went on without it.
         """
+        self._detach()
         if self._thread.is_alive():
-            kasmina = self.model.kasmina
-            kasmina.emit_lifecycle = None
-            kasmina.emit_observation = None
-            kasmina.close()
             self._settle_accounts()
             self.bus.close()
             with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
@@ -195,6 +192,14 @@ class Pipeline:
         self.bus.publish(Topic.EPOCH, "tolaria", event)
         if self._synchronous:
             self.drain()
+
+    def _detach(self) -> None:
+        """Leave the model to itself, and free for another pipeline."""
+        kasmina = self.model.kasmina
+        if kasmina.emit_lifecycle == self._publish_lifecycle:
+            kasmina.emit_lifecycle = None
+            kasmina.emit_observation = None
+            kasmina.close()
 
     def _publish_lifecycle(self, event: LifecycleEvent) -> None:
         self.bus.publish(Topic.LIFECYCLE, f"kasmina-{event.seed_id[0]}", event)
@@ -311,7 +316,7 @@ class Pipeline:
             for design in self._designs(site):
                 try:
                     await self.tezzeret.submit(design, site, dtype)
-                except BlueprintError as error:
+                except EsperError as error:  # also of a design that crashed or hung its process
                     logger.warning("design %s for %s: %s", design.name, layer_names, error)
 
     def _sites(self) -> dict[tuple[SiteSignature, str], list[str]]:

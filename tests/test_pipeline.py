@@ -167,6 +167,27 @@ def test_a_design_that_cannot_be_traced_is_logged_and_the_rest_goes_on(
     assert len(library.kernels(KernelStatus.VALIDATED)) == 1
 
 
+def test_a_design_that_crashes_the_forge_is_logged_and_the_rest_goes_on(
+    model: MorphableModel,
+    library: Urza,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    crash = Design(name="crash", builder="forge_samples:Crashing")
+    pipeline = Pipeline(
+        model,
+        library,
+        designs=lambda site: [crash, *one_design(site)],
+        policy=PlateauPolicy(EAGER, QUICK),
+        synchronous=True,
+    )
+    with pipeline:
+        fit(model, pipeline, 2)
+    assert "design crash for ['0']" in caplog.text
+    assert len(library.kernels(KernelStatus.VALIDATED)) == 1
+
+
 class Failing:
     """A user's policy with a mistake in it."""
 
@@ -185,6 +206,8 @@ def test_when_a_worker_fails_training_goes_on_and_the_failure_is_raised_at_the_e
         pipeline.drain()
     with pytest.raises(EsperError, match="ZeroDivisionError"):
         pipeline.close()
+    with Pipeline(model, library, designs=one_design):
+        pass  # the model is free for another one
 
 
 class GrowAtOnce:
