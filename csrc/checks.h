@@ -5,7 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <numeric>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "seed_layout.h"
 
@@ -24,6 +28,12 @@ inline std::string shape_name(const Tensor& t) {
   std::string text = "(";
   for (const int64_t size : t.sizes()) text += std::to_string(size) + ", ";
   return text + ")";
+}
+
+inline std::string list_name(const std::vector<int64_t>& values) {
+  std::string text = "[";
+  for (const int64_t value : values) text += std::to_string(value) + ", ";
+  return text + "]";
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
@@ -91,31 +101,103 @@ inline int64_t check_observed(const Tensor& t, const char* name, int64_t channel
   return dim;
 }
 
-// Returns the channel dimension counted from the front.
-inline int64_t check_blended(const Tensor& y, const Tensor& out, const Tensor& alpha,
-                             int64_t channel_dim, int64_t start) {
-  check_floating(y, "y");
-  check_dtype(out, "out", y.scalar_type());
-  check_device(out, "out", y, "y");
-  check_cell(alpha, "alpha", ScalarType::Float, y, "y");
-  const int64_t dim = checked_dim(y, "y", channel_dim);
-  bool fits = out.dim() == y.dim();
-  for (int64_t d = 0; fits && d < y.dim(); ++d) fits = d == dim || out.size(d) == y.size(d);
-  STD_TORCH_CHECK(fits, "out must have y's shape ", shape_name(y), " except at channel_dim ", dim,
-                  ", got ", shape_name(out));
-  STD_TORCH_CHECK(start >= 0 && start <= y.size(dim) - out.size(dim), "start must lie in [0, ",
-                  y.size(dim) - out.size(dim), "] for ", out.size(dim), " channels of ",
-                  y.size(dim), ", got ", start);
-  return dim;
+// A field of a layer's seeds: a slice of the arena.
+inline void check_field(const Tensor& t, const char* name, ScalarType dtype, const Tensor& like,
+                        const char* like_name) {
+  check_dtype(t, name, dtype);
+  check_device(t, name, like, like_name);
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name,
+                  " must be contiguous with one element per seed, got shape ", shape_name(t));
 }
 
-inline void check_gradient(const Tensor& grad, const Tensor& y) {
-  check_dtype(grad, "grad", y.scalar_type());
-  check_device(grad, "grad", y, "y");
-  const auto expected = y.sizes();
-  const auto got = grad.sizes();
+inline void check_seeds(const std::vector<int64_t>& seeds, int64_t num_seeds) {
+  std::vector<int64_t> sorted = seeds;
+  std::sort(sorted.begin(), sorted.end());
+  STD_TORCH_CHECK(sorted.front() >= 0 && sorted.back() < num_seeds, "seeds must lie in [0, ",
+                  num_seeds, "), the length of alpha, got ", list_name(seeds));
+  STD_TORCH_CHECK(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(),
+                  "seeds must be distinct, got ", list_name(seeds));
+}
+
+inline void check_chunk(const Tensor& t, const char* name, const Tensor& out, size_t i,
+                        int64_t start, int64_t dim) {
+  STD_TORCH_CHECK(out.scalar_type() == t.scalar_type(), "outs[", i, "] must be ",
+                  toString(t.scalar_type()), " like ", name, ", got ", toString(out.scalar_type()));
+  STD_TORCH_CHECK(out.device() == t.device(), "outs[", i, "] must be on ", name, "'s device ",
+                  device_name(t), ", got ", device_name(out));
+  const auto expected = t.sizes();
+  const auto got = out.sizes();
+  bool fits = got.size() == expected.size();
+  for (size_t d = 0; fits && d < got.size(); ++d) {
+    fits = static_cast<int64_t>(d) == dim || got[d] == expected[d];
+  }
+  STD_TORCH_CHECK(fits, "outs[", i, "] must have ", name, "'s shape ", shape_name(t),
+                  " except at channel_dim ", dim, ", got ", shape_name(out));
+  STD_TORCH_CHECK(0 <= start && start <= expected[dim] - got[dim], "starts[", i,
+                  "] must lie in [0, ", expected[dim] - got[dim], "] for ", got[dim],
+                  " channels of ", expected[dim], ", got ", start);
+}
+
+// Returns the indices of `outs` in the order of their channels.
+inline std::vector<size_t> check_disjoint(const std::vector<Tensor>& outs,
+                                          const std::vector<int64_t>& starts, int64_t dim) {
+  std::vector<size_t> by_start(outs.size());
+  std::iota(by_start.begin(), by_start.end(), size_t{0});
+  std::sort(by_start.begin(), by_start.end(), [&](size_t a, size_t b) {
+    return std::pair(starts[a], outs[a].size(dim)) < std::pair(starts[b], outs[b].size(dim));
+  });
+  int64_t end = 0;
+  for (const size_t i : by_start) {
+    const int64_t channels = outs[i].size(dim);
+    if (channels == 0) continue;
+    STD_TORCH_CHECK(starts[i] >= end, "outs must not overlap, but outs[", i, "] begins at channel ",
+                    starts[i], ", before channel ", end, " where another ends");
+    end = starts[i] + channels;
+  }
+  return by_start;
+}
+
+// Where blending takes place.
+struct Chunks {
+  int64_t dim;                   // the channels', counted from the front
+  std::vector<size_t> by_start;  // the indices of the outs in the order of their channels
+};
+
+inline Chunks check_blended(const Tensor& t, const char* name, const std::vector<Tensor>& outs,
+                            const std::vector<int64_t>& seeds, const std::vector<int64_t>& starts,
+                            const Tensor& alpha, int64_t channel_dim) {
+  check_floating(t, name);
+  check_field(alpha, "alpha", ScalarType::Float, t, name);
+  const int64_t dim = checked_dim(t, name, channel_dim);
+  STD_TORCH_CHECK(!outs.empty(), "outs must have at least one tensor, got none");
+  STD_TORCH_CHECK(seeds.size() == outs.size() && starts.size() == outs.size(),
+                  "seeds and starts must be as many as the ", outs.size(), " outs, got ",
+                  seeds.size(), " and ", starts.size());
+  check_seeds(seeds, alpha.size(0));
+  for (size_t i = 0; i < outs.size(); ++i) check_chunk(t, name, outs[i], i, starts[i], dim);
+  return {dim, check_disjoint(outs, starts, dim)};
+}
+
+inline void check_needed(size_t num_needed, size_t num_outs) {
+  STD_TORCH_CHECK(num_needed == 1 + num_outs, "needed must tell of y and each of the ", num_outs,
+                  " outs, got ", num_needed, " values");
+}
+
+inline void check_like_gradient(const Tensor& y, const Tensor& grad) {
+  check_dtype(y, "y", grad.scalar_type());
+  check_device(y, "y", grad, "grad");
+  const auto expected = grad.sizes();
+  const auto got = y.sizes();
   STD_TORCH_CHECK(std::equal(got.begin(), got.end(), expected.begin(), expected.end()),
-                  "grad must have y's shape ", shape_name(y), ", got ", shape_name(grad));
+                  "y must have grad's shape ", shape_name(grad), ", got ", shape_name(y));
+}
+
+inline void check_counts(const Tensor& non_finite, const Tensor& fault, const Tensor& alpha) {
+  check_field(non_finite, "non_finite", ScalarType::Float, alpha, "alpha");
+  check_field(fault, "fault", ScalarType::Byte, alpha, "alpha");
+  STD_TORCH_CHECK(non_finite.size(0) == alpha.size(0) && fault.size(0) == alpha.size(0),
+                  "non_finite and fault must be as long as alpha, ", alpha.size(0), ", got ",
+                  non_finite.size(0), " and ", fault.size(0));
 }
 
 inline void check_counters(const Tensor& non_finite, const Tensor& fault, const Tensor& like,

@@ -9,10 +9,14 @@ STABLE_TORCH_LIBRARY(esper, m) {
       "observe_grad(Tensor grad, int channel_dim, Tensor(a!) health, int first_seed, "
       "int num_seeds) -> ()");
   m.def(
-      "blend(Tensor y, Tensor out, Tensor alpha, int channel_dim, int start, "
+      "blend(Tensor y, Tensor[] outs, int[] seeds, int[] starts, Tensor alpha, int channel_dim, "
       "Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor");
   m.def(
-      "blend_backward(Tensor grad, Tensor y, Tensor out, Tensor alpha, int channel_dim, "
-      "int start) -> (Tensor grad_y, Tensor grad_out, Tensor grad_alpha)");
+      "blend_(Tensor(a!) y, Tensor[] outs, int[] seeds, int[] starts, Tensor alpha, "
+      "int channel_dim, Tensor(b!) non_finite, Tensor(c!) fault) -> ()");
+  // The gradients that are needed of y and of each out, in that order, and alpha's if y is given.
+  m.def(
+      "blend_backward(Tensor grad, Tensor? y, Tensor[] outs, int[] seeds, int[] starts, "
+      "Tensor alpha, int channel_dim, bool[] needed) -> Tensor[]");
   m.def("guard_grads(Tensor[] grads, Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor[]");
 }

@@ -5,9 +5,10 @@ the tensor, its value and the expectation. A *cell* is a one-element view of the
 one field of one seed, read and written on the device alone.
 """
 
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ if torch.version.cuda is not None and find_spec("triton") is not None:
     from esper.kernels import blend as _triton
 
     torch.library.impl("esper::blend", "CUDA")(_triton.blend)
+    torch.library.impl("esper::blend_", "CUDA")(_triton.blend_)
     torch.library.impl("esper::blend_backward", "CUDA")(_triton.blend_backward)
 
 
@@ -64,34 +66,59 @@ def observe_grad(
 
 def blend(
     y: Tensor,
-    out: Tensor,
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    starts: Sequence[int],
     alpha: Tensor,
     channel_dim: int,
-    start: int,
     non_finite: Tensor,
     fault: Tensor,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """Return ``y`` with ``y + alpha * (out - y)`` in the seed's chunk of channels.
+    """Return ``y`` with ``y + alpha[seed] * (out - y)`` in the chunk of channels of each seed.
 
-    ``y`` is the host layer's output, any float dtype; ``out`` the kernel's, of the same dtype and
-    of y's shape except at ``channel_dim``, where it covers channels ``[start, start + out.size)``.
-    ``alpha`` is an f32 cell in [0, 1]: 0 gives ``y`` bit for bit, 1 gives ``out``. A non-finite
-    element of ``out`` takes y's value; unless y's is non-finite too it is counted in the f32 cell
-    ``non_finite`` and the u8 cell ``fault`` is set.
+    ``y`` is the host layer's output, any float dtype; each of ``outs`` is a kernel's, of the same
+    dtype and of y's shape except at ``channel_dim``. ``outs[i]`` belongs to ``seeds[i]``, each seed
+    named once, and covers channels ``[starts[i], starts[i] + outs[i].size(channel_dim))``; these
+    chunks lie apart from one another, in any order, and may leave channels as they are. ``alpha``
+    f32, ``non_finite`` f32 and ``fault`` u8 are the layer's slice of the seed bank, each
+    (num_seeds,). An alpha, in [0, 1], of 0 gives ``y`` bit for bit, 1 gives ``out``. A non-finite
+    element of ``out`` takes y's value; unless y's is non-finite too it is counted in the seed's
+    ``non_finite`` and its ``fault`` is set.
 
     The result has y's memory layout if that is contiguous or has the channels last, and is
-    contiguous otherwise. Differentiable in ``y``, ``out`` and ``alpha``, and its gradients are too;
-    ``alpha`` must keep its value until the backward pass. A non-finite element of the incoming
-    gradient reaches ``y`` alone, so that no seed is blamed for it. Compilers see the reference, so
-    that they may fuse it; exporters too, without the counters.
+    contiguous otherwise. With ``in_place`` it is ``y`` itself, which must be saved for nobody's
+    backward pass; that is refused with ``ValueError`` where ``alpha`` requires a gradient, or
+    where ``y`` is a leaf that does.
+
+    Differentiable in ``y``, ``outs`` and ``alpha``, and its gradients are too; ``alpha`` must keep
+    its value until the backward pass. A non-finite element of the incoming gradient reaches ``y``
+    alone, so that no seed is blamed for it. Compilers see the reference, so that they may fuse it;
+    exporters too, without the counters.
     """
-    if torch.compiler.is_exporting():
-        return reference.blend(y, out, alpha, channel_dim, start)
-    if torch.compiler.is_compiling():
-        lost = reference.blend_lost(y.detach(), out.detach(), channel_dim, start)
-        reference.record_lost(lost, non_finite, fault)
-        return reference.blend(y, _FiniteGrad.apply(out), alpha, channel_dim, start)
-    return cast(Tensor, _Blend.apply(y, out, alpha, channel_dim, start, non_finite, fault))
+    if in_place:
+        _check_in_place(y, alpha)
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        result = _compiled_blend(y, outs, seeds, starts, alpha, channel_dim, non_finite, fault)
+        return y.copy_(result) if in_place else result
+    if in_place:
+        # What lies in y's memory would be read after it was overwritten.
+        outs = [out.clone() if _share_memory(out, y) else out for out in outs]
+    chunks = _Chunks(seeds, starts, alpha, channel_dim, non_finite, fault)
+    if torch.is_grad_enabled():
+        return cast(Tensor, _Blend.apply(y, alpha, chunks, in_place, *outs))
+    # Without an autograd.Function: it would take longer than the blending of a small tensor.
+    return _blend_in_place(y, outs, chunks) if in_place else _blend(y, outs, chunks)
+
+
+def _check_in_place(y: Tensor, alpha: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if alpha.requires_grad:
+        raise ValueError("blend in place keeps no y for alpha's gradient, but alpha requires one")
+    if y.requires_grad and y.is_leaf:
+        raise ValueError("blend in place needs a y that is no leaf, but y is one and requires grad")
 
 
 def isolate(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
@@ -120,37 +147,90 @@ def guard(non_finite: Tensor, fault: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     return tuple(next(clean) if t.requires_grad else t for t in tensors)
 
 
+def _compiled_blend(
+    y: Tensor,
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    starts: Sequence[int],
+    alpha: Tensor,
+    channel_dim: int,
+    non_finite: Tensor,
+    fault: Tensor,
+) -> Tensor:
+    if not torch.compiler.is_exporting():
+        detached = [out.detach() for out in outs]
+        lost = reference.blend_lost(y.detach(), detached, seeds, starts, channel_dim, non_finite)
+        reference.record_lost(lost, non_finite, fault)
+        outs = [_FiniteGrad.apply(out) for out in outs]
+    return reference.blend(y, outs, seeds, starts, alpha, channel_dim)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+class _Chunks(NamedTuple):
+    """Which seed blends where: what an op takes besides ``y`` and ``outs``."""
+
+    seeds: Sequence[int]
+    starts: Sequence[int]
+    # Not a saved tensor: alpha shares its version counter with the whole arena, where other
+    # cells change between forward and backward.
+    alpha: Tensor
+    channel_dim: int
+    non_finite: Tensor
+    fault: Tensor
+
+    def guard(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Blame each seed for what its kernel does to its gradient in a second backward pass."""
+        guarded: list[Tensor | None] = []
+        for seed, grad in zip(self.seeds, grads, strict=True):
+            cells = (field.narrow(0, seed, 1) for field in (self.non_finite, self.fault))
+            guarded.append(None if grad is None else guard(*cells, grad)[0])
+        return guarded
+
+
+def _blend(y: Tensor, outs: Sequence[Tensor], chunks: _Chunks) -> Tensor:
+    result: Tensor = torch.ops.esper.blend.default(y, outs, *chunks)
+    return result
+
+
+def _blend_in_place(y: Tensor, outs: Sequence[Tensor], chunks: _Chunks) -> Tensor:
+    torch.ops.esper.blend_.default(y, outs, *chunks)
+    if not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return y
+
+
 class _Blend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        out: Tensor,
-        alpha: Tensor,
-        channel_dim: int,
-        start: int,
-        non_finite: Tensor,
-        fault: Tensor,
+        ctx: Any, y: Tensor, alpha: Tensor, chunks: _Chunks, in_place: bool, *outs: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(y, out)
-        # Not a saved tensor: alpha shares its version counter with the whole arena, where other
-        # cells change between forward and backward.
-        ctx.alpha, ctx.cells = alpha, (non_finite, fault)
-        ctx.channel_dim, ctx.start = channel_dim, start
-        result: Tensor = torch.ops.esper.blend(y, out, alpha, channel_dim, start, non_finite, fault)
-        return result
+        needs_alpha = ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if needs_alpha else None, *outs)
+        ctx.chunks = chunks
+        if not in_place:
+            return _blend(y, outs, chunks)
+        torch.ops.esper.blend_.default(y, outs, *chunks)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, out = ctx.saved_tensors
+        y, *outs = ctx.saved_tensors
+        needs_y, needs_alpha, _, _, *needs_outs = ctx.needs_input_grad
+        needed = [needs_y, *needs_outs]
+        seeds, starts, alpha, channel_dim, *_ = chunks = ctx.chunks
         # Grad mode is on where these gradients will be differentiated again.
-        place = reference if torch.is_grad_enabled() else torch.ops.esper
-        grad_y, grad_out, grad_alpha = place.blend_backward(
-            grad, y, out, ctx.alpha, ctx.channel_dim, ctx.start
-        )
-        # A second backward pass leaves the kernel by the way that this one enters it.
-        (grad_out,) = guard(*ctx.cells, grad_out)
-        return grad_y, grad_out, grad_alpha, None, None, None, None
+        differentiable = torch.is_grad_enabled()
+        place = reference if differentiable else torch.ops.esper
+        grads = iter(place.blend_backward(grad, y, outs, seeds, starts, alpha, channel_dim, needed))
+        grad_y, *grad_outs = (next(grads) if wanted else None for wanted in needed)
+        if differentiable:
+            # A second backward pass leaves the kernel by the way that this one enters it.
+            grad_outs = chunks.guard(grad_outs)
+        return grad_y, next(grads) if needs_alpha else None, None, None, *grad_outs
 
 
 class _Isolate(torch.autograd.Function):
@@ -223,26 +303,49 @@ def _(grad: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds
 @torch.library.register_fake("esper::blend")
 def _(
     y: Tensor,
-    out: Tensor,
+    outs: list[Tensor],
+    seeds: list[int],
+    starts: list[int],
     alpha: Tensor,
     channel_dim: int,
-    start: int,
     non_finite: Tensor,
     fault: Tensor,
 ) -> Tensor:
     return torch.empty_like(_in_order(y, channel_dim, _has_channels_last(y, channel_dim)))
 
 
+@torch.library.register_fake("esper::blend_")
+def _(
+    y: Tensor,
+    outs: list[Tensor],
+    seeds: list[int],
+    starts: list[int],
+    alpha: Tensor,
+    channel_dim: int,
+    non_finite: Tensor,
+    fault: Tensor,
+) -> None:
+    return None
+
+
 @torch.library.register_fake("esper::blend_backward")
 def _(
-    grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels_last = _has_channels_last(y, channel_dim)
-    return (
-        torch.empty_like(_in_order(y, channel_dim, channels_last)),
-        torch.empty_like(_in_order(out, channel_dim, channels_last)),
-        torch.empty_like(alpha),
-    )
+    grad: Tensor,
+    y: Tensor | None,
+    outs: list[Tensor],
+    seeds: list[int],
+    starts: list[int],
+    alpha: Tensor,
+    channel_dim: int,
+    needed: list[bool],
+) -> list[Tensor]:
+    channels_last = _has_channels_last(grad, channel_dim)
+    grads = [
+        torch.empty_like(_in_order(t, channel_dim, channels_last))
+        for t, wanted in zip((grad, *outs), needed, strict=True)
+        if wanted
+    ]
+    return grads if y is None else [*grads, torch.empty_like(alpha)]
 
 
 @torch.library.register_fake("esper::guard_grads")

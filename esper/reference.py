@@ -27,54 +27,114 @@ def lerp(y: Tensor, out: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight < 0.5, from_y, from_out)
 
 
-def blend(y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int) -> Tensor:
-    """Return ``y`` with ``y + alpha * (out - y)`` at channels ``[start, start + out.size)``.
+def blend(
+    y: Tensor,
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    starts: Sequence[int],
+    alpha: Tensor,
+    channel_dim: int,
+) -> Tensor:
+    """Return ``y`` with ``y + alpha[seed] * (out - y)`` in the chunk of channels of each ``out``.
 
-    A non-finite element of ``out`` counts as equal to ``y``'s. Differentiable in ``y`` and ``out``
-    everywhere, in ``alpha`` for ``0 < alpha < 1`` (at the ends the value is a copy).
+    ``outs[i]`` covers channels ``[starts[i], starts[i] + outs[i].size(channel_dim))`` and belongs
+    to ``seeds[i]``. A non-finite element of ``out`` counts as equal to ``y``'s. Differentiable in
+    ``y`` and ``outs`` everywhere, in ``alpha`` for ``0 < alpha < 1`` (at the ends the value is a
+    copy).
     """
-    size = out.size(channel_dim)
-    act = y.narrow(channel_dim, start, size)
+    result = y
+    for out, seed, start in zip(outs, seeds, starts, strict=True):
+        size = out.size(channel_dim)
+        act = y.narrow(channel_dim, start, size)
+        mixed = blend_chunk(act, out, alpha[seed])
+        result = result.slice_scatter(mixed, channel_dim, start, start + size)
+    return result
+
+
+def blend_chunk(act: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+    """Return ``act + weight * (out - act)``; a non-finite ``out`` counts as equal to ``act``."""
     # Selecting before the arithmetic as well keeps NaN out of the gradients.
     usable = torch.where(out.isfinite(), out, act)
-    wide = compute_dtype(y.dtype)
-    mixed = lerp(act.to(wide), usable.to(wide), alpha.to(wide)).to(y.dtype)
-    exact = torch.where(alpha == 0, act, torch.where(alpha == 1, usable, mixed))
-    return y.slice_scatter(exact, channel_dim, start, start + size)
+    wide = compute_dtype(act.dtype)
+    mixed = lerp(act.to(wide), usable.to(wide), weight.to(wide)).to(act.dtype)
+    return torch.where(weight == 0, act, torch.where(weight == 1, usable, mixed))
 
 
 def blend_backward(
-    grad: Tensor, y: Tensor, out: Tensor, alpha: Tensor, channel_dim: int, start: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`blend` with respect to ``y``, ``out`` and ``alpha``.
+    grad: Tensor,
+    y: Tensor | None,
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    starts: Sequence[int],
+    alpha: Tensor,
+    channel_dim: int,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of :func:`blend` that are ``needed`` of ``y`` and of each of ``outs``.
 
-    A non-finite element of ``grad`` reaches ``y`` alone: it was none of the seed's making.
-    Differentiable itself.
+    They come in that order, and last, where ``y`` is given, alpha's. A non-finite element of
+    ``grad`` reaches ``y`` alone: it was none of the seed's making. Differentiable itself.
     """
-    size = out.size(channel_dim)
-    wide = compute_dtype(y.dtype)
-    chunk = grad.narrow(channel_dim, start, size)
-    act = y.narrow(channel_dim, start, size)
+    grad_y, grad_outs, grad_alphas = grad, [], {}
+    for out, seed, start in zip(outs, seeds, starts, strict=True):
+        size = out.size(channel_dim)
+        chunk = grad.narrow(channel_dim, start, size)
+        grad_act, grad_out = blend_chunk_backward(chunk, out, alpha[seed])
+        grad_y = grad_y.slice_scatter(grad_act, channel_dim, start, start + size)
+        grad_outs.append(grad_out)
+        if y is not None:
+            act = y.narrow(channel_dim, start, size)
+            grad_alphas[seed] = blend_chunk_slope(chunk, act, out)
+    grads = [g for g, wanted in zip((grad_y, *grad_outs), needed, strict=True) if wanted]
+    if y is not None:
+        grads.append(by_seed(grad_alphas, alpha))
+    return grads
+
+
+def blend_chunk_backward(grad: Tensor, out: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of :func:`blend_chunk` with respect to ``act`` and ``out``."""
+    wide = compute_dtype(grad.dtype)
     usable = out.isfinite()
-    sound = usable & chunk.isfinite()
     # Factors are selected, not products: what is masked stays out of the second derivatives too.
-    weight = torch.where(usable, alpha.to(wide), 0)
-    handed = torch.where(sound, chunk.to(wide), 0)
-    change = torch.where(sound, out.double() - act.double(), 0)
-    grad_act = (chunk.to(wide) * (1 - weight)).to(grad.dtype)
-    grad_out = (handed * weight).to(out.dtype)
-    grad_alpha = (handed.double() * change).sum().reshape(1).to(alpha.dtype)
-    return grad.slice_scatter(grad_act, channel_dim, start, start + size), grad_out, grad_alpha
+    weight = torch.where(usable, weight.to(wide), 0)
+    handed = torch.where(usable & grad.isfinite(), grad.to(wide), 0)
+    return (grad.to(wide) * (1 - weight)).to(grad.dtype), (handed * weight).to(out.dtype)
 
 
-def blend_lost(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
-    """Return how many elements of ``out`` are non-finite where ``y``'s own are finite, f32 (1,)."""
-    act = y.narrow(channel_dim, start, out.size(channel_dim))
-    return (~out.isfinite() & act.isfinite()).sum().reshape(1).float()
+def blend_chunk_slope(grad: Tensor, act: Tensor, out: Tensor) -> Tensor:
+    """Return the gradient of :func:`blend_chunk` with respect to ``weight``, float64 ()."""
+    sound = out.isfinite() & grad.isfinite()
+    handed = torch.where(sound, grad.double(), 0)
+    return (handed * torch.where(sound, out.double() - act.double(), 0)).sum()
+
+
+def by_seed(values: Mapping[int, Tensor], like: Tensor) -> Tensor:
+    """Return the scalars in one tensor ``like`` a field of the seeds, 0 where there is none."""
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.stack([values.get(seed, zero).to(like.dtype) for seed in range(len(like))])
+
+
+def blend_lost(
+    y: Tensor,
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    starts: Sequence[int],
+    channel_dim: int,
+    like: Tensor,
+) -> Tensor:
+    """Return how many elements of each seed's ``out`` are non-finite where ``y``'s own are finite.
+
+    The result has the shape and dtype of ``like``, a field of the seeds such as alpha.
+    """
+    lost = {}
+    for out, seed, start in zip(outs, seeds, starts, strict=True):
+        act = y.narrow(channel_dim, start, out.size(channel_dim))
+        lost[seed] = (~out.isfinite() & act.isfinite()).sum()
+    return by_seed(lost, like)
 
 
 def record_lost(lost: Tensor, non_finite: Tensor, fault: Tensor) -> None:
-    """Book ``lost`` elements, f32 (1,), on the seed that the two cells belong to."""
+    """Book ``lost`` elements, f32 (num_seeds,), on the seeds that the two fields belong to."""
     non_finite.add_(lost)
     fault.copy_(torch.where(lost > 0, torch.ones_like(fault), fault))
 

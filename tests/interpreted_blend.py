@@ -3,10 +3,13 @@
 Not collected with the other tests: TRITON_INTERPRET has to be set before triton is imported.
 """
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from blend_cases import CASES, Case, laid_out, make_cells, samples
+from blend_cases import CASES, Case, Fields, fields_of, make_cells, samples
 from tolerances import assert_close, assert_sum_close, matches_storage
+from torch import Tensor
 
 from esper import ops, reference
 from esper.kernels import blend as kernels
@@ -22,47 +25,113 @@ pytestmark = [
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
 # A program takes milliseconds here: one case of a few programs instead of those of many.
-SMALL_CASES = (*CASES[:-2], Case((3, 701), 1, 100, 300))
+FEW_PROGRAMS = (*CASES[:-2], Case((3, 701), 1, (400, 100), (77, 300)))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 0.8, 1.0])
+def blend(case: Case, y: Tensor, outs: Sequence[Tensor], fields: Fields) -> Tensor:
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    return kernels.blend(y, outs, *at, fields.non_finite, fields.fault)
+
+
+def assert_grad_alpha_close(
+    case: Case, actual: Tensor, grad: Tensor, y: Tensor, outs: Sequence[Tensor]
+) -> None:
+    for out, seed, start in zip(outs, case.seeds, case.starts, strict=True):
+        size = out.size(case.channel_dim)
+        chunk, act = (t.narrow(case.channel_dim, start, size).double() for t in (grad, y))
+        sound = out.isfinite() & chunk.isfinite()
+        terms = torch.where(sound, chunk * (out.double() - act), 0)
+        assert_sum_close(actual[seed], terms, f"grad_alpha[{seed}]")
+    assert actual[1] == 0  # seed 1 is not named
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.8])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+@pytest.mark.parametrize("case", FEW_PROGRAMS, ids=str)
 def test_matches_the_reference(case: Case, dtype: torch.dtype, layout: str, weight: float) -> None:
-    y, out, grad = samples(case, dtype, layout)
-    cells = make_cells(weight)
-    at = (cells.alpha, case.channel_dim, case.start)
-    result = kernels.blend(y, out, *at, cells.non_finite, cells.fault)
-    grads = kernels.blend_backward(grad, y, out, *at)
+    y, outs, grad = samples(case, dtype, layout)
+    wide_y, wide_grad, *wide_outs = (t.double() for t in (y, grad, *outs))
+    fields = fields_of(case, weight)
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    result = blend(case, y, outs, fields)
+    assert_close(result, reference.blend(wide_y, wide_outs, *at), "blend")
+    lost = reference.blend_lost(y, outs, case.seeds, case.starts, case.channel_dim, fields.alpha)
+    assert fields.non_finite.tolist() == lost.tolist()
+    assert fields.fault.tolist() == (lost > 0).tolist()
 
-    assert_close(result, reference.blend(y.double(), out.double(), *at), "blend")
-    expected = reference.blend_backward(grad.double(), y.double(), out.double(), *at)
-    assert_close(grads[0], expected[0], "grad_y")
-    assert_close(grads[1], expected[1], "grad_out")
-    chunk, act = (t.narrow(case.channel_dim, case.start, case.size).double() for t in (grad, y))
-    sound = out.isfinite() & chunk.isfinite()
-    terms = torch.where(sound, chunk * (out.double() - act), 0)
-    assert_sum_close(grads[2], terms, "grad_alpha")
-    lost = reference.blend_lost(y, out, case.channel_dim, case.start)
-    assert cells.non_finite.item() == lost.item()
-    assert cells.fault.item() == (lost.item() > 0)
+    needed = [True] * (1 + len(outs))
+    *grads, grad_alpha = kernels.blend_backward(grad, y, outs, *at, needed)
+    expected = reference.blend_backward(wide_grad, None, wide_outs, *at, needed)
+    for i, (mine, wanted) in enumerate(zip(grads, expected, strict=True)):
+        assert_close(mine, wanted, f"gradient {i} of y and outs")
+    assert_grad_alpha_close(case, grad_alpha, grad, y, outs)
 
 
-def test_agrees_with_the_cpu_op_in_layout() -> None:
-    for layout in ("contiguous", "channels_last", "transposed", "strided"):
-        y, out, grad = samples(Case((3, 8, 5, 7), 1, 1, 4), torch.float32, layout)
-        cells = make_cells(0.3)
-        arguments = (y, out, cells.alpha, 1, 1)
-        triton = kernels.blend(*arguments, cells.non_finite, cells.fault)
-        native = ops.blend(*arguments, cells.non_finite, cells.fault)
-        assert triton.stride() == native.stride()
-        for mine, theirs in zip(
-            kernels.blend_backward(grad, *arguments),
-            torch.ops.esper.blend_backward(grad, *arguments),
-            strict=True,
-        ):
-            assert mine.stride() == theirs.stride()
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+@pytest.mark.parametrize("case", FEW_PROGRAMS, ids=str)
+def test_in_place_is_the_same(case: Case, layout: str) -> None:
+    y, outs, _ = samples(case, torch.float32, layout)
+    fields, twin = fields_of(case, 0.3), fields_of(case, 0.3)
+    expected = blend(case, y, outs, twin)
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    kernels.blend_(y, outs, *at, fields.non_finite, fields.fault)
+    assert matches_storage(y, expected)
+    assert torch.equal(fields.non_finite, twin.non_finite)
+    assert torch.equal(fields.fault, twin.fault)
+
+
+@pytest.mark.parametrize(("num_outs", "expected"), [(1, [1]), (8, [8]), (9, [8, 1])])
+def test_up_to_eight_seeds_take_one_launch(
+    num_outs: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    run = kernels._Launch.run
+
+    def counted(launch: kernels._Launch, *args: object, **kwargs: object) -> None:
+        launches.append(len(launch.segments))
+        run(launch, *args, **kwargs)
+
+    monkeypatch.setattr(kernels._Launch, "run", counted)
+    case = Case((2, 20), 1, tuple(range(1, 1 + 2 * num_outs, 2)), (1,) * num_outs)
+    y, outs, grad = samples(case, torch.float32, "contiguous")
+    fields = fields_of(case, 0.3)
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    blend(case, y, outs, fields)
+    kernels.blend_(y, outs, *at, fields.non_finite, fields.fault)
+    kernels.blend_backward(grad, None, outs, *at, [True] * (1 + len(outs)))
+    assert launches == expected * 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+def test_agrees_with_the_cpu_op_in_layout(layout: str) -> None:
+    case = Case((3, 8, 5, 7), 1, (6, 1), (1, 4))
+    y, outs, grad = samples(case, torch.float32, layout)
+    fields = fields_of(case, 0.3)
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    native = ops.blend(y, outs, *at, fields.non_finite, fields.fault)
+    assert blend(case, y, outs, fields).stride() == native.stride()
+    backward = grad, y, outs, *at, [True] * 3
+    for mine, theirs in zip(
+        kernels.blend_backward(*backward), torch.ops.esper.blend_backward(*backward), strict=True
+    ):
+        assert mine.stride() == theirs.stride()
+
+
+def test_backward_returns_what_is_needed_and_no_more() -> None:
+    case = Case((3, 8), 1, (5, 0), (2, 3))
+    y, outs, grad = samples(case, torch.float32, "contiguous")
+    at = case.seeds, case.starts, fields_of(case, 0.3).alpha, case.channel_dim
+    grad_y, first, second, grad_alpha = kernels.blend_backward(grad, y, outs, *at, [True] * 3)
+    for needed, expected in (
+        ([True, False, False], [grad_y]),
+        ([False, True, True], [first, second]),
+        ([False, False, True], [second]),
+    ):
+        for host, more in ((None, []), (y, [grad_alpha])):
+            grads = kernels.blend_backward(grad, host, outs, *at, needed)
+            for mine, wanted in zip(grads, [*expected, *more], strict=True):
+                assert matches_storage(mine, wanted)
 
 
 def test_ends_are_bit_exact() -> None:
@@ -70,22 +139,23 @@ def test_ends_are_bit_exact() -> None:
     out = torch.tensor([-0.0, 0.0, 2.0, -3e38, 0.1])
     for weight, expected in ((0.0, y), (1.0, out)):
         cells = make_cells(weight)
-        result = kernels.blend(y, out, cells.alpha, 0, 0, cells.non_finite, cells.fault)
-        assert matches_storage(result, expected)
+        at = [0], [0], cells.alpha, 0, cells.non_finite, cells.fault
+        assert matches_storage(kernels.blend(y, [out], *at), expected)
 
 
 def test_counts_only_what_the_kernel_broke() -> None:
     y = torch.tensor([1.0, torch.nan, 3.0, torch.inf])
     out = torch.tensor([torch.nan, torch.nan, torch.inf, 1.0])
     cells = make_cells(0.5)
-    kernels.blend(y, out, cells.alpha, 0, 0, cells.non_finite, cells.fault)
+    at = [0], [0], cells.alpha, 0, cells.non_finite, cells.fault
+    kernels.blend(y, [out], *at)
     assert cells.non_finite.item() == 2
     cells.fault.zero_()
-    kernels.blend(y[:1], out[:1], cells.alpha, 0, 0, cells.non_finite, cells.fault)
+    kernels.blend(y[:1], [out[:1]], *at)
     assert cells.non_finite.item() == 3
     assert cells.fault.item() == 1
     cells.fault.zero_()
-    kernels.blend(y[1:2], out[1:2], cells.alpha, 0, 0, cells.non_finite, cells.fault)
+    kernels.blend(y[1:2], [out[1:2]], *at)
     assert cells.non_finite.item() == 3
     assert cells.fault.item() == 0
 
@@ -95,41 +165,69 @@ def test_a_non_finite_gradient_reaches_the_host_alone() -> None:
     y = torch.tensor([1.0, 2.0, 3.0, inf])
     out = torch.tensor([5.0, 5.0, inf, 5.0])
     grad = torch.tensor([8.0, inf, -inf, -inf])
-    grads = kernels.blend_backward(grad, y, out, torch.tensor([0.25]), 0, 0)
+    at = [0], [0], torch.tensor([0.25]), 0
+    grads = kernels.blend_backward(grad, y, [out], *at, [True, True])
     assert [t.tolist() for t in grads] == [[6.0, inf, -inf, -inf], [2.0, 0.0, 0.0, 0.0], [32.0]]
 
 
+TWO = torch.zeros(4, 2)
 WRONG = {
     "integers": ({"y": torch.zeros(4, 6).int()}, r"y must be float32, .* got torch.int32"),
-    "dtype": ({"out": torch.zeros(4, 2).double()}, r"out must be torch.float32 .* torch.float64"),
-    "shape": ({"out": torch.zeros(3, 2)}, r"out must have y's shape \(4, 6\) .* got \(3, 2\)"),
-    "rank": ({"out": torch.zeros(8)}, r"out must have y's shape \(4, 6\) .* got \(8,\)"),
+    "dtype": (
+        {"outs": [TWO, TWO.double()]},
+        r"outs\[1\] must be torch.float32 .* torch.float64",
+    ),
+    "shape": (
+        {"outs": [TWO, torch.zeros(3, 2)]},
+        r"outs\[1\] must have y's shape \(4, 6\) .* got \(3, 2\)",
+    ),
+    "rank": (
+        {"outs": [torch.zeros(8), TWO]},
+        r"outs\[0\] must have y's shape \(4, 6\) .* got \(8,\)",
+    ),
     "dimension": ({"channel_dim": 2}, r"channel_dim must be a dimension of y .* got 2"),
-    "start": ({"start": 5}, r"start must lie in \[0, 4\] for 2 channels of 6, got 5"),
-    "alpha": ({"alpha": torch.zeros(2)}, r"alpha must have one element of torch.float32"),
-    "fault": ({"fault": torch.zeros(1)}, r"fault must have one element of torch.uint8"),
+    "start": (
+        {"starts": [0, 5]},
+        r"starts\[1\] must lie in \[0, 4\] for 2 channels of 6, got 5",
+    ),
+    "overlap": (
+        {"starts": [2, 1]},
+        r"outs must not overlap, but outs\[0\] begins at channel 2, before channel 3",
+    ),
+    "no outs": ({"outs": [], "seeds": [], "starts": []}, r"outs must have at least one tensor"),
+    "seeds": ({"seeds": [0]}, r"seeds and starts must be as many as the 2 outs, got 1 and 2"),
+    "range": ({"seeds": [0, 2]}, r"seeds must lie in \[0, 2\), .* got \[0, 2\]"),
+    "twice": ({"seeds": [1, 1]}, r"seeds must be distinct, got \[1, 1\]"),
+    "alpha": ({"alpha": torch.zeros(2, 1)}, r"alpha must be contiguous with one element per seed"),
+    "fault": ({"fault": torch.zeros(2)}, r"fault must be torch.uint8 on cpu, got torch.float32"),
+    "counts": (
+        {"non_finite": torch.zeros(1)},
+        r"non_finite and fault must be as long as alpha, 2, got 1 and 2",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments(change: dict[str, object], message: str) -> None:
-    cells = make_cells(0.3)
+    fields = fields_of(Case((4, 6), 1, (0,), (1,)), 0.3)
     arguments = {
         "y": torch.zeros(4, 6),
-        "out": torch.zeros(4, 2),
-        "alpha": cells.alpha,
+        "outs": [TWO, TWO],
+        "seeds": [0, 1],
+        "starts": [0, 3],
+        "alpha": fields.alpha,
         "channel_dim": 1,
-        "start": 0,
-        "non_finite": cells.non_finite,
-        "fault": cells.fault,
+        "non_finite": fields.non_finite,
+        "fault": fields.fault,
     }
-    if "y" in change:
-        change = change | {"out": torch.zeros(4, 2).int()}
-    with pytest.raises(RuntimeError, match=message):
-        kernels.blend(**(arguments | change))
+    for op in (kernels.blend, kernels.blend_):
+        with pytest.raises(RuntimeError, match=message):
+            op(**(arguments | change))
 
 
-def test_wrong_gradient() -> None:
-    y = laid_out(torch.zeros(4, 6), "contiguous", 1)
-    with pytest.raises(RuntimeError, match=r"grad must be like y, \(4, 6\) .* got \(4, 5\)"):
-        kernels.blend_backward(torch.zeros(4, 5), y, y, torch.zeros(1), 1, 0)
+def test_wrong_arguments_in_backward() -> None:
+    grad, at = torch.zeros(4, 6), ([0], [0], torch.zeros(1), 1)
+    with pytest.raises(RuntimeError, match=r"y must be like grad, \(4, 6\) .* got \(4, 5\)"):
+        kernels.blend_backward(grad, torch.zeros(4, 5), [TWO], *at, [True, True])
+    with pytest.raises(RuntimeError, match="needed must tell of y and each of the 1 outs, got 1"):
+        kernels.blend_backward(grad, None, [TWO], *at, [True])

@@ -1,11 +1,11 @@
 """Second derivatives through blend, isolate and guard, as a gradient penalty needs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from blend_cases import CASES, Case, Cells, make_cells, samples
+from blend_cases import CASES, SMALL_CASES, Case, Fields, fields_of, make_cells, samples
 from tolerances import assert_close
 from torch import Tensor, nn
 
@@ -14,23 +14,34 @@ from esper import ops, reference
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def blend(y: Tensor, out: Tensor, cells: Cells, channel_dim: int = 0, start: int = 0) -> Tensor:
-    return ops.blend(y, out, cells.alpha, channel_dim, start, cells.non_finite, cells.fault)
+def blend(y: Tensor, out: Tensor, cells: Fields, channel_dim: int = 0, start: int = 0) -> Tensor:
+    """Blend the only seed of a layer."""
+    at = cells.alpha, channel_dim, cells.non_finite, cells.fault
+    return ops.blend(y, [out], [0], [start], *at)
+
+
+def blend_case(
+    case: Case, y: Tensor, outs: Sequence[Tensor], fields: Fields, *, in_place: bool = False
+) -> Tensor:
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    return ops.blend(y, outs, *at, fields.non_finite, fields.fault, in_place=in_place)
 
 
 def leaf(*shape: int, device: str) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
 
 
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
-def test_gradgradcheck_of_blend(case: Case, device: str) -> None:
-    y, out = leaf(*case.shape, device=device), leaf(*case.out_shape, device=device)
-    cells = make_cells(0.3, device)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_gradgradcheck_of_blend(case: Case, in_place: bool, device: str) -> None:
+    y, *outs = (leaf(*shape, device=device) for shape in (case.shape, *case.out_shapes))
+    fields = fields_of(case, 0.3, device)
 
-    def cubed(y: Tensor, out: Tensor) -> Tensor:
-        return blend(y**3, out**3, cells, case.channel_dim, case.start)
+    def cubed(y: Tensor, *outs: Tensor) -> Tensor:
+        # Multiplied, not raised: a power saves its result, which in place must not happen.
+        return blend_case(case, y * y * y, [out**3 for out in outs], fields, in_place=in_place)
 
-    torch.autograd.gradgradcheck(cubed, (y, out))
+    torch.autograd.gradgradcheck(cubed, (y, *outs))
 
 
 def test_gradgradcheck_of_a_guarded_kernel(device: str) -> None:
@@ -53,21 +64,23 @@ def test_gradgradcheck_of_an_isolated_host(device: str) -> None:
 @pytest.mark.parametrize("weight", [0.3, 0.8])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_second_derivatives_match_the_reference(case: Case, weight: float, device: str) -> None:
-    values = samples(case, torch.float64, "contiguous", device)
-    y, out, grad = (reference.finite(t).requires_grad_() for t in values)
-    cells = make_cells(weight, device)
-    cells.alpha.requires_grad_()
-    leaves = y, out, cells.alpha
+    y, outs, grad = samples(case, torch.float64, "contiguous", device)
+    y, grad, *outs = (reference.finite(t).requires_grad_() for t in (y, grad, *outs))
+    fields = fields_of(case, weight, device)
+    # An alpha of 0 or 1 is a copy, where the reference has no slope.
+    fields.alpha.clamp_(0.1, 0.9).requires_grad_()
+    leaves = y, *outs, fields.alpha
 
     def second(result: Tensor) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(result, leaves, grad, create_graph=True)
         penalty = torch.stack([g.double().square().sum() for g in grads]).sum()
         return torch.autograd.grad(penalty, (*leaves, grad))
 
-    actual = second(blend(y, out, cells, case.channel_dim, case.start))
-    expected = second(reference.blend(*leaves, case.channel_dim, case.start))
-    for name, mine, wanted in zip(("y", "out", "alpha", "grad"), actual, expected, strict=True):
-        assert_close(mine, wanted.double(), f"second derivative by {name}")
+    at = case.seeds, case.starts, fields.alpha, case.channel_dim
+    actual = second(blend_case(case, y, outs, fields))
+    expected = second(reference.blend(y, outs, *at))
+    for i, (mine, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(mine, wanted.double(), f"second derivative {i} by y, outs, alpha and grad")
 
 
 def test_what_is_masked_poisons_no_second_derivative(device: str) -> None:

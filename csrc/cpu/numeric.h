@@ -14,6 +14,8 @@
 #include <numeric>
 #include <type_traits>
 
+#include "vector_width.h"
+
 namespace esper::cpu {
 
 // In which float16 and bfloat16 are computed too.
@@ -21,7 +23,7 @@ template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
-bool is_finite(T value) {
+ESPER_INLINE bool is_finite(T value) {
   return std::abs(static_cast<Compute<T>>(value)) <= std::numeric_limits<Compute<T>>::max();
 }
 
@@ -76,38 +78,45 @@ struct Span {
   }
 };
 
-// Rows in blocks, each of several rows or of a span of a long one. Their borders depend on the
-// shape alone: sums taken block by block come out the same for any number of threads.
-struct RowBlocks {
+// Several whole rows, or a span of columns of one long row.
+struct Tile {
+  Span rows;
+  Span columns;
+};
+
+// A matrix in tiles. Their borders depend on the shape alone: sums taken tile by tile come out the
+// same for any number of threads.
+struct Tiles {
   int64_t rows;
   int64_t row_size;
-  int64_t rows_per_block;
-  int64_t spans_per_row;
+  int64_t rows_per_tile;
+  int64_t tiles_per_row;
   int64_t count;
 
-  RowBlocks(int64_t rows, int64_t row_size)
+  Tiles(int64_t rows, int64_t row_size)
       : rows(rows),
         row_size(row_size),
-        rows_per_block(std::max<int64_t>(1, kElementsPerBlock / std::max<int64_t>(1, row_size))),
-        spans_per_row((row_size + kElementsPerBlock - 1) / kElementsPerBlock),
-        count((rows + rows_per_block - 1) / rows_per_block * spans_per_row) {}
+        rows_per_tile(std::max<int64_t>(1, kElementsPerTile / std::max<int64_t>(1, row_size))),
+        tiles_per_row((row_size + kElementsPerTile - 1) / kElementsPerTile),
+        count((rows + rows_per_tile - 1) / rows_per_tile * tiles_per_row) {}
 
-  // Calls body(block, row, span) in parallel over the blocks, and in order within each.
+  Tile operator[](int64_t i) const {
+    const int64_t row = i / tiles_per_row * rows_per_tile;
+    const int64_t column = i % tiles_per_row * kElementsPerTile;
+    return {{row, std::min(rows, row + rows_per_tile)},
+            {column, std::min(row_size, column + kElementsPerTile)}};
+  }
+
+  // Calls body(i, tile) for each tile, in parallel.
   template <typename Body>
-  void for_each_span(Body&& body) const {
+  void for_each(Body&& body) const {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block / spans_per_row * rows_per_block;
-        const int64_t last = std::min(rows, first + rows_per_block);
-        const int64_t column = block % spans_per_row * kElementsPerBlock;
-        const Span span{column, std::min(row_size, column + kElementsPerBlock)};
-        for (int64_t row = first; row < last; ++row) body(block, row, span);
-      }
+      for (int64_t i = begin; i < end; ++i) body(i, (*this)[i]);
     });
   }
 
  private:
-  static constexpr int64_t kElementsPerBlock = 32768;
+  static constexpr int64_t kElementsPerTile = 32768;
 };
 
 }  // namespace esper::cpu

@@ -68,7 +68,8 @@ class Seat(nn.Module):
         act = host.narrow(dim, self.chunk.start, self.chunk.length)
         inp, act, *weights = ops.guard(cell.non_finite, cell.fault, inp, act, *self._weights())
         made = self._run(inp, act, tuple(weights))
-        return ops.blend(out, made, cell.alpha, dim, self.chunk.start, cell.non_finite, cell.fault)
+        starts = [self.chunk.start]
+        return ops.blend(out, [made], [0], starts, cell.alpha, dim, cell.non_finite, cell.fault)
 
     def _isolated(self, inp: Tensor, host: Tensor, out: Tensor, dim: int) -> Tensor:
         cell = self.cell
