@@ -19,4 +19,14 @@ STABLE_TORCH_LIBRARY(esper, m) {
       "blend_backward(Tensor grad, Tensor? y, Tensor[] outs, int[] seeds, int[] starts, "
       "Tensor alpha, int channel_dim, bool[] needed) -> Tensor[]");
   m.def("guard_grads(Tensor[] grads, Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor[]");
+  m.def(
+      "bottleneck_(Tensor(a!) y, Tensor inp, Tensor down, Tensor? down_bias, Tensor up, "
+      "Tensor? up_bias, int activation, int[] seeds, int[] starts, Tensor alpha, "
+      "Tensor(b!) non_finite, Tensor(c!) fault) -> (Tensor hidden, Tensor lost)");
+  m.def(
+      "bottleneck_backward(Tensor grad, Tensor inp, Tensor hidden, Tensor? lost, Tensor down, "
+      "Tensor? down_bias, Tensor up, Tensor? up_bias, int activation, int[] seeds, int[] starts, "
+      "Tensor? alpha, Tensor(a!) non_finite, Tensor(b!) fault, bool needs_inp, "
+      "bool needs_weights) -> (Tensor grad_inp, Tensor grad_down, Tensor grad_down_bias, "
+      "Tensor grad_up, Tensor grad_up_bias)");
 }

@@ -4,14 +4,27 @@ Written to be obviously right, not fast. :func:`blend` is also what compilers an
 so it is functional and differentiable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from esper.contracts import RampCurve, SeedState
 
 SIGMOID_STEEPNESS = 12.0
+
+# The ops take an activation by its place in this order.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -240,3 +253,59 @@ def tick(seeds: Mapping[str, Tensor], max_errors: int) -> None:
     seeds["alpha_blend"][ramping] = alpha[ramping]
     seeds["alpha_blend"][quarantined] = 0
     seeds["alpha_slope"][quarantined | (ramping & (progress == 1))] = 0
+
+
+def bottleneck_branches(
+    inp: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    num_seeds: int,
+) -> Tensor:
+    """Return ``f(inp @ down.T + down_bias) @ up.T + up_bias`` of each seed, (..., num_seeds, c)."""
+    a = ACTIVATIONS[activation](F.linear(inp, down, down_bias)).unflatten(-1, (num_seeds, -1))
+    ups = up.unflatten(0, (num_seeds, -1))
+    branches = torch.einsum("...sr,scr->...sc", a, ups)
+    return branches if up_bias is None else branches + up_bias.unflatten(0, (num_seeds, -1))
+
+
+def bottleneck(y: Tensor, branches: Tensor, starts: Sequence[int], alpha: Tensor) -> Tensor:
+    """Return ``y`` with ``y + alpha[s] * branches[..., s, :]`` at channels from ``starts[s]`` on.
+
+    Where ``y + branch`` is not finite the element keeps ``y``'s value. Differentiable in ``y``,
+    whose gradient is the result's own, and in ``branches``.
+    """
+    wide = compute_dtype(y.dtype)
+    size = branches.size(-1)
+    for s, start in enumerate(starts):
+        act, branch = y.narrow(-1, start, size).to(wide), branches[..., s, :].to(wide)
+        moves = (act + branch).to(y.dtype).isfinite() & (alpha[s] != 0)
+        # Selecting before the sum keeps NaN out of the gradients, and after it the host's zeros.
+        moved = act + torch.where(moves, alpha[s].to(wide) * branch, 0)
+        exact = torch.where(moves, moved, act).to(y.dtype)
+        y = y.slice_scatter(exact, -1, start, start + size)
+    return y
+
+
+def bottleneck_lost(y: Tensor, branches: Tensor, starts: Sequence[int]) -> list[Tensor]:
+    """Return for each seed how many elements only its branch kept from being finite, f32 (1,)."""
+    size = branches.size(-1)
+    outs = (y.narrow(-1, start, size) + branches[..., s, :] for s, start in enumerate(starts))
+    return [blend_lost(y, out, -1, start) for out, start in zip(outs, starts, strict=True)]
+
+
+def bottleneck_handed(
+    grad: Tensor, branches: Tensor, starts: Sequence[int], alpha: Tensor
+) -> Tensor:
+    """Return the gradient that the branches receive: ``alpha[s] * grad``, like ``branches``.
+
+    It is zero where ``grad`` or the branch is not finite. Differentiable in ``grad``.
+    """
+    size = branches.size(-1)
+    chunks = torch.stack([grad.narrow(-1, start, size) for start in starts], -2)
+    sound = chunks.isfinite() & branches.isfinite()
+    wide = compute_dtype(grad.dtype)
+    handed = alpha.to(wide)[:, None] * torch.where(sound, chunks, 0).to(wide)
+    return handed.to(grad.dtype)
