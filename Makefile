@@ -9,7 +9,7 @@ SANITIZED := $(CURDIR)/build/sanitized
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(CPP)
 
-.PHONY: setup build demo test test-sanitize bench check clean
+.PHONY: setup build demo test test-sanitize test-gpu bench check clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test-sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider \
 		$(wildcard tests/test_ops_*.py) tests/test_seed_block.py $(ARGS)
+
+# Everything that needs an NVIDIA GPU, in the environment of $(PYTHON) and without a network.
+test-gpu:
+	$(PYTHON) tests/gpu/session.py $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(ARGS)

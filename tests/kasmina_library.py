@@ -99,10 +99,11 @@ class MemoryLibrary:
         site: SiteSignature = LINEAR_8_4,
         *,
         status: KernelStatus = KernelStatus.VALIDATED,
+        device: str = "cpu",
         **hparams: float,
     ) -> str:
         """Trace a design for a site, sign it with ``status`` and return the artifact's id."""
-        manifest, files = _artifact(builder, site, tuple(sorted(hparams.items())))
+        manifest, files = _artifact(builder, site, device, tuple(sorted(hparams.items())))
         statement = KernelStatement(
             artifact_id=manifest.artifact_id, status=status, report_digest="0" * 64
         )
@@ -119,7 +120,10 @@ class MemoryLibrary:
 
 @functools.cache
 def _artifact(
-    builder: Callable[..., nn.Module], site: SiteSignature, hparams: tuple[tuple[str, float], ...]
+    builder: Callable[..., nn.Module],
+    site: SiteSignature,
+    device: str,
+    hparams: tuple[tuple[str, float], ...],
 ) -> tuple[KernelManifest, dict[str, bytes]]:
     design = Design(
         name=builder.__name__,
@@ -134,7 +138,7 @@ def _artifact(
         pipeline=Pipeline.FAST,
         site=site,
         dtype="float32",
-        device="cpu",
+        device=device,
         torch_version=".".join(torch.__version__.split(".")[:2]),
         num_parameters=blueprint.num_parameters,
         flops_per_sample=blueprint.flops_per_sample,

@@ -206,6 +206,31 @@ def test_a_layer_parametrized_while_active_survives_culling() -> None:
     assert "esper" not in str(list(model.state_dict()))
 
 
+def test_a_layer_parametrized_while_active_applies_its_seeds_once() -> None:
+    model = seeded(mlp(), S.GRAFTING, observe_every=2)
+    weight_norm(model[0])
+    inp = torch.randn(5, 8)
+    expected = model(inp)
+    for _ in range(6):
+        model.step()
+        assert torch.equal(model(inp), expected)
+    model.kasmina_layers["0"].rest()  # as when another seed of the layer is occupied
+    assert torch.equal(model(inp), expected)
+
+
+def test_a_layer_parametrized_while_observed_is_observed_once() -> None:
+    model = esper.wrap(
+        nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(seeds_per_layer=2, observe_every=1)
+    )
+    model.step()
+    weight_norm(model[0])
+    for _ in range(3):
+        model(torch.randn(5, 8)).sum().backward()
+        health = model.kasmina.bank.fields["health_accumulator"]
+        assert health[0, :2].tolist() == [20.0, 20.0]
+        model.step()
+
+
 class Gated(nn.Module):
     """Activations where no seed can sit: a scalar gate, integers, and one with many widths."""
 

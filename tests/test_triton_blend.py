@@ -13,6 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402 - only where triton is installed
+from cubin import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -54,7 +55,9 @@ def signature_of(
 @pytest.mark.parametrize("index", ["int32", "int64"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["_blend_fwd_kernel", "_blend_bwd_kernel"])
-def test_compiles_for_hopper(name: str, dtype: str, index: str, num_outs: int) -> None:
+def test_compiles_for_hopper_and_spills_nothing(
+    name: str, dtype: str, index: str, num_outs: int, tmp_path: Path
+) -> None:
     size = "i64" if index == "int64" else "i32"
     compute = "fp64" if dtype == "fp64" else "fp32"
     places = dict.fromkeys(("lows", "begins", "ends", "highs"), (size,) * num_outs)
@@ -73,11 +76,11 @@ def test_compiles_for_hopper(name: str, dtype: str, index: str, num_outs: int) -
         "INDEX": getattr(tl, index),
         "COMPUTE": getattr(tl, "float64" if compute == "fp64" else "float32"),
     }
-    assert_compiles(getattr(kernels, name), types, f"*{dtype}")
+    assert_compiles(getattr(kernels, name), types, f"*{dtype}", tmp_path)
 
 
 @pytest.mark.parametrize("absent", ["y_ptr partial_ptr", "grad_y_ptr", "grad_out_ptrs"])
-def test_compiles_where_a_gradient_is_not_needed(absent: str) -> None:
+def test_compiles_where_a_gradient_is_not_needed(absent: str, tmp_path: Path) -> None:
     types: dict[str, object] = {
         "alpha_ptr": "*fp32",
         "partial_ptr": "*fp32",
@@ -93,10 +96,12 @@ def test_compiles_where_a_gradient_is_not_needed(absent: str) -> None:
     types |= dict.fromkeys(absent.split())
     if absent == "grad_out_ptrs":
         types[absent] = ("*fp32", "constexpr")
-    assert_compiles(kernels._blend_bwd_kernel, types, "*fp32")
+    assert_compiles(kernels._blend_bwd_kernel, types, "*fp32", tmp_path)
 
 
-def assert_compiles(kernel: triton.JITFunction, types: dict[str, object], default: str) -> None:
+def assert_compiles(
+    kernel: triton.JITFunction, types: dict[str, object], default: str, folder: Path
+) -> None:
     signature, constants = signature_of(kernel, types, default)
     for place, given in enumerate(signature.values()):
         if isinstance(given, tuple):
@@ -105,4 +110,6 @@ def assert_compiles(kernel: triton.JITFunction, types: dict[str, object], defaul
         ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)
     )
     assert ".target sm_90" in compiled.asm["ptx"]
-    assert compiled.asm["cubin"]
+    taken = resources(compiled.asm["cubin"], folder)
+    assert taken.registers > 0
+    assert (taken.stack_bytes, taken.local_bytes) == (0, 0)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import esper.kasmina.morph as morph
 from esper.config import SeedSettings
 from esper.contracts import (
     CommandKind,
@@ -36,7 +37,7 @@ from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource
-from esper.kasmina.observation import LayerObservation, Observation
+from esper.kasmina.observation import Observation
 from esper.kasmina.seat import Seat
 from esper.kasmina.site import SiteType
 from esper.kasmina.tenancy import Tenancy
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _REMEMBERED_COMMANDS = 4096  # ids kept so that a command delivered twice is obeyed once
 _NEVER = 2**62
+_REFRESH_EVERY = 8  # steps between two looks at what the device did to occupied seeds
 
 # Modules that carry some model's seeds: a second wrap must not plant on them again.
 SEEDED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -169,17 +171,25 @@ class Kasmina:
     def advance(self) -> None:
         """Apply what is due. Called by ``model.step()`` when anything may be."""
         self._end_observation()
-        for tenancy in list(self.tenancies.values()):
-            self._count_down(tenancy)
-        while self.inbox:
-            self.inbox.popleft()()
-        for tenancy in list(self.tenancies.values()):
-            self._pursue_loading(tenancy)
+        with self.bank.writes_together():
+            for tenancy in list(self.tenancies.values()):
+                self._count_down(tenancy)
+            while self.inbox:
+                self.inbox.popleft()()
+            for tenancy in list(self.tenancies.values()):
+                self._pursue_loading(tenancy)
         if self.num_occupied:
-            self.bank.tick(self.settings.max_errors)
-            self._remove_quarantined()
+            self._tick()
         self._hand_out_snapshot()
         self._begin_observation()
+
+    def _tick(self) -> None:
+        """Advance the seeds on the device, and see what it did to them some steps ago."""
+        self.bank.tick(self.settings.max_errors)
+        self.bank.finish_refresh()
+        if self.step_count % _REFRESH_EVERY == 0:
+            self.bank.begin_refresh()
+        self._remove_quarantined()
 
     def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
         """Have the kernels' parameters, present and future, moved by ``optimizer``."""
@@ -241,8 +251,10 @@ class Kasmina:
     def release(self) -> None:
         """Give every layer the class that it has when it is not observed."""
         self.observing = False
-        for layer in self.layers.values():
-            layer.rest()
+        morph.unwatch(self._hosts())
+
+    def _hosts(self) -> list[nn.Module]:
+        return [layer.default_transform for layer in self.layers.values()]
 
     def uproot(self) -> None:
         """Take leave of the model, which is unwrapped."""
@@ -448,14 +460,16 @@ class Kasmina:
         self.bank.reset_health()
         self._observed_step = self.step_count
         self.next_due = self.step_count + 1  # the step that ends the observation
-        for layer in self.layers.values():
-            layer.arm()
+        morph.watch(self._hosts(), self.layers.values())
 
     def _end_observation(self) -> None:
         if not self.observing:
             return
         self.release()
-        self.bank.begin_snapshot()
+        if self.emit_observation is None:
+            self.next_due = self._observed_step + self.settings.observe_every
+        else:
+            self.bank.begin_snapshot()
 
     def _hand_out_snapshot(self) -> None:
         """Pass a completed snapshot on; while one is on its way, look again at the next step."""
@@ -467,8 +481,8 @@ class Kasmina:
             return
         self.next_due = self._observed_step + self.settings.observe_every
         if self.emit_observation is not None:
-            layers = tuple(LayerObservation.of(layer) for layer in self.layers.values())
-            observation = Observation(snapshot, layers, self.epoch, self._observed_step)
+            watched = tuple((layer, layer.timer) for layer in self.layers.values())
+            observation = Observation(snapshot, watched, self.epoch, self._observed_step)
             try:
                 self.emit_observation(observation)
             except Exception:

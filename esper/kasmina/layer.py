@@ -18,7 +18,7 @@ import esper.kasmina.morph as morph
 import esper.ops as ops
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.errors import EsperError, LifecycleError
-from esper.kasmina.bank import SeedBank, SeedCell
+from esper.kasmina.bank import SeedBank, SeedCell, check_alpha
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
@@ -41,12 +41,14 @@ logger = logging.getLogger(__name__)
 class SeedSlice:
     """A layer's part of the seed bank. Reading it never touches the device."""
 
-    def __init__(self, bank: SeedBank, first: int, count: int):
+    def __init__(self, bank: SeedBank, first: int, count: int, layer_name: str):
         self.bank = bank
         self.first = first
         self.count = count
+        self.layer_name = layer_name
 
     def state(self, seed_idx: int) -> SeedState:
+        _check_seed(seed_idx, self.count, self.layer_name)
         return self.bank.state(self.first + seed_idx)
 
     def lifecycle_states(self) -> list[SeedState]:
@@ -58,6 +60,7 @@ class SeedSlice:
 
     def value(self, field: str, seed_idx: int) -> float:
         """Return one field of one seed from the mirror, for example ``alpha_blend``."""
+        _check_seed(seed_idx, self.count, self.layer_name)
         return float(self.bank.mirror[field][self.first + seed_idx])
 
 
@@ -92,7 +95,7 @@ class KasminaLayer:
 
     @property
     def state_layout(self) -> SeedSlice:
-        return SeedSlice(self.kasmina.bank, self.first_seed, self.num_seeds)
+        return SeedSlice(self.kasmina.bank, self.first_seed, self.num_seeds, self.name)
 
     @property
     def kernel_cache(self) -> KernelCache:
@@ -129,14 +132,8 @@ class KasminaLayer:
         return self.kasmina.bank.state(self.first_seed + seed_idx)
 
     def check_seed(self, seed_idx: int) -> None:
-        """Raise ``ValueError`` unless the layer has such a seed."""
-        if isinstance(seed_idx, bool) or not isinstance(seed_idx, int):
-            raise TypeError(f"seed index must be an int, got {seed_idx!r}")
-        if not 0 <= seed_idx < self.num_seeds:
-            raise ValueError(
-                f"Invalid seed index: {seed_idx} (layer '{self.name}' has seeds 0 to "
-                f"{self.num_seeds - 1})"
-            )
+        """Raise ``TypeError`` or ``ValueError`` unless the layer has such a seed."""
+        _check_seed(seed_idx, self.num_seeds, self.name)
 
     def chunk(self, seed_idx: int) -> tuple[int, int]:
         """Return start and length of a seed's channels."""
@@ -166,8 +163,7 @@ class KasminaLayer:
         :class:`LifecycleError` if the seed is not DORMANT.
         """
         self.check_seed(seed_idx)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"{self.seed_name(seed_idx)}: alpha must lie in [0, 1], got {alpha}")
+        check_alpha(alpha, self.seed_name(seed_idx))
         return await self.kasmina.load_by_hand(self, seed_idx, artifact_id, alpha)
 
     def request_germination(
@@ -180,7 +176,12 @@ class KasminaLayer:
     ) -> None:
         """Take a DORMANT seed for a kernel; it is loaded in the background after the next step."""
         self.check_seed(seed_idx)
-        self.kasmina.request(self, seed_idx, artifact_id, strategy or GraftingStrategy(), reason)
+        strategy = GraftingStrategy() if strategy is None else strategy
+        if not isinstance(strategy, GraftingStrategy):
+            raise TypeError(
+                f"{self.seed_name(seed_idx)}: strategy must be a GraftingStrategy, got {strategy!r}"
+            )
+        self.kasmina.request(self, seed_idx, artifact_id, strategy, reason)
 
     def cancel_germination(self, seed_idx: int) -> None:
         """Give up a seed that is GERMINATED or in TRAINING; it is DORMANT again at once."""
@@ -199,6 +200,7 @@ class KasminaLayer:
     def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
         """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
         self._check_state(seed_idx, SeedState.TRAINING, SeedState.GRAFTING)
+        check_alpha(strategy.alpha_target, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.GRAFTING, "trained in isolation")
         self._seats().admit(seed_idx, self._seat(seed_idx))
         self._ramp(seed_idx, strategy)
@@ -208,6 +210,7 @@ class KasminaLayer:
     ) -> None:
         """LOADING > GRAFTING: for fixed functions (with a ramp), and by hand (a fixed alpha)."""
         self._check_state(seed_idx, SeedState.LOADING, SeedState.GRAFTING)
+        check_alpha(alpha if strategy is None else strategy.alpha_target, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", kernel.artifact_id)
         seat = self._occupy(seed_idx, kernel)
         self._seats().admit(seed_idx, seat)
@@ -217,7 +220,13 @@ class KasminaLayer:
             self._ramp(seed_idx, strategy)
 
     def stabilize(self, seed_idx: int, alpha: float | None = None) -> None:
-        """GRAFTING > STABILIZATION: alpha is fixed (at its target, or as given), the seed frozen."""
+        """GRAFTING > STABILIZATION: alpha is fixed (at its target, or as given), the seed frozen.
+
+        Raises ``ValueError`` for an alpha outside [0, 1].
+        """
+        self.check_seed(seed_idx)
+        if alpha is not None:
+            check_alpha(alpha, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.STABILIZATION, "alpha reached its target")
         if alpha is None:
             alpha = self.state_layout.value("alpha_target", seed_idx)
@@ -280,16 +289,13 @@ class KasminaLayer:
     @contextlib.contextmanager
     def silenced(self, seed_idx: int) -> Iterator[None]:
         """Run the block with the seed's alpha at 0: the counterfactual of its contribution."""
-        bank, index = self.kasmina.bank, self.first_seed + seed_idx
-        alpha = bank.mirror["alpha_blend"][index]
-        bank.write("alpha_blend", index, 0.0)
-        try:
+        self.check_seed(seed_idx)
+        with self.kasmina.bank.silenced(self.first_seed + seed_idx):
             yield
-        finally:
-            bank.write("alpha_blend", index, alpha)
 
     def kernel(self, seed_idx: int) -> Kernel | None:
         """Return the kernel in a seed's place, or None."""
+        self.check_seed(seed_idx)
         seats = seats_of(self.default_transform)
         seat = None if seats is None else seats.occupant(seed_idx)
         return None if seat is None else seat.kernel
@@ -314,7 +320,7 @@ class KasminaLayer:
 
     def arm(self) -> None:
         """Let the next forwards report to :meth:`observe`."""
-        morph.lend_class(self.default_transform, observer=self)
+        morph.watch([self.default_transform], [self])
 
     def rest(self) -> None:
         """Give the layer the class that it has when it is not observed."""
@@ -361,9 +367,10 @@ class KasminaLayer:
             out.register_hook(functools.partial(_observe_gradient, place))
         self._timer = timer
 
-    def observed_time_us(self) -> float:
-        """Return the time of the last observed forward; on CUDA only after its step completed."""
-        return 0.0 if self._timer is None else self._timer.elapsed_us()
+    @property
+    def timer(self) -> morph.DeviceTimer | None:
+        """The timer of the last observed forward, None before the first."""
+        return self._timer
 
     # ------------------------------------------------------------------ seats
 
@@ -456,6 +463,15 @@ class KasminaLayer:
             wanted,
         )
         return self.shapes.channels
+
+
+def _check_seed(seed_idx: int, num_seeds: int, layer_name: str) -> None:
+    if isinstance(seed_idx, bool) or not isinstance(seed_idx, int):
+        raise TypeError(f"seed index must be an int, got {seed_idx!r}")
+    if not 0 <= seed_idx < num_seeds:
+        raise ValueError(
+            f"Invalid seed index: {seed_idx} (layer '{layer_name}' has seeds 0 to {num_seeds - 1})"
+        )
 
 
 def _let_learn(seat: Seat, learns: bool) -> None:

@@ -12,7 +12,7 @@ remembered: what a module goes back to is read off the class that it has.
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -34,19 +34,55 @@ def made_once(make: Derive) -> Derive:
     return cast(Derive, cached)
 
 
-def lend_class(module: nn.Module, observer: Any = None) -> None:
-    """Give ``module`` the class that it needs now: active if it has seats, observing if watched.
+def lend_class(module: nn.Module) -> None:
+    """Give ``module`` the class that it needs unwatched: active if it has seats, else its own.
 
     A class that somebody has put on top of one of ours stays as it is.
     """
-    own = own_class(type(module))
-    needed = own if seats_of(module) is None else active_class(own)
+    needed = own_class(type(module))
+    if seats_of(module) is not None and not hasattr(needed, _mark("Active")):
+        needed = active_class(needed)
     module.__dict__.pop(OBSERVER, None)
-    if observer is not None:
-        module.__dict__[OBSERVER] = observer
-        needed = observing_class(needed)
     if type(module) is not needed:
         module.__class__ = needed
+
+
+def watch(modules: Iterable[nn.Module], observers: Iterable[Any]) -> None:
+    """Have each module report its forwards to its observer.
+
+    The module's present class is taken for the one that :func:`lend_class` gave it. All layers of
+    a model go through here on each observed step, hence no function call per module.
+    """
+    mark = _mark("Observing")
+    watched: dict[type[nn.Module], type[nn.Module]] = {}
+    for module, observer in zip(modules, observers, strict=True):
+        cls = type(module)
+        if cls not in watched:
+            watched[cls] = cls if hasattr(cls, mark) else observing_class(cls)
+        module.__dict__[OBSERVER] = observer
+        _exchange(module, "__class__", watched[cls])
+
+
+def unwatch(modules: Iterable[nn.Module]) -> None:
+    """Take back what :func:`watch` did, also where it did nothing."""
+    mark = _mark("Observing")
+    resting: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in modules:
+        cls = type(module)
+        if cls not in resting:
+            resting[cls] = cls.__dict__[_BORROWED_FROM] if mark in cls.__dict__ else cls
+        module.__dict__.pop(OBSERVER, None)
+        if resting[cls] is not cls:
+            _exchange(module, "__class__", resting[cls])
+
+
+# Assigned plainly, a class would go through the checks of nn.Module.__setattr__, 1 us a module.
+_exchange = object.__setattr__
+
+
+def _mark(prefix: str) -> str:
+    """Return the attribute of a class that is made here, and so of all that are put on top."""
+    return f"_esper_{prefix.lower()}"
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -114,6 +150,7 @@ def _subclass(host: type[nn.Module], prefix: str, forward: Any) -> type[nn.Modul
         "__deepcopy__": copy_module,
         "__reduce_ex__": reduce_to_own_class,
         _BORROWED_FROM: host,
+        _mark(prefix): True,
     }
     return type(f"{prefix}{host.__name__}", (host,), members)
 

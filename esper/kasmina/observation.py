@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from esper.kasmina.bank import Snapshot
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.morph import DeviceTimer
 
 
 @dataclass(frozen=True)
@@ -15,16 +16,25 @@ class LayerObservation:
     num_seeds: int
     execution_time_us: float
 
-    @classmethod
-    def of(cls, layer: KasminaLayer) -> "LayerObservation":
-        return cls(layer.name, layer.first_seed, layer.num_seeds, layer.observed_time_us())
-
 
 @dataclass(frozen=True)
 class Observation:
     """One observed step, handed to whoever turns it into health signals."""
 
     snapshot: Snapshot
-    layers: tuple[LayerObservation, ...]
+    watched: tuple[tuple[KasminaLayer, DeviceTimer | None], ...]
     epoch: int
     step: int
+
+    @property
+    def layers(self) -> tuple[LayerObservation, ...]:
+        """What was observed of each layer. Any thread: gathering it is left to whoever reads it."""
+        return tuple(
+            LayerObservation(
+                layer.name,
+                layer.first_seed,
+                layer.num_seeds,
+                0.0 if timer is None else timer.elapsed_us(),
+            )
+            for layer, timer in self.watched
+        )
