@@ -1,9 +1,10 @@
 """Finds out where a benchmark runs: commit, machine and versions."""
 
+import contextlib
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -59,4 +60,6 @@ def _versions(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
+    with contextlib.suppress(PackageNotFoundError):
+        versions["peft"] = version("peft")
     return versions

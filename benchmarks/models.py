@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper import MorphableModel
 from esper.config import SeedSettings
 
+SEEDS_PER_LAYER = SeedSettings().seeds_per_layer
 NEVER_OBSERVED = SeedSettings(observe_every=2**31)  # telemetry is on, but never due
 
 
@@ -72,14 +74,20 @@ SUITE = (LINEAR, MLP, CNN, ENCODER)
 MANY_LINEARS = Subject("2,500 small Linears", many_linears, (1, 4))
 
 
-def unwrapped(net: nn.Module) -> nn.Module:
-    """Copy the tree of modules but no tensor: every variant computes with the same memory."""
+def copied(net: nn.Module) -> nn.Module:
+    """Copy the tree of modules but no parameter: every variant computes with the same memory."""
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     return copy.deepcopy(net, shared)
 
 
-def wrapped(net: nn.Module, inp: Tensor) -> nn.Module:
-    """Wrap such a copy; its activations have learnt their width and nothing is observed."""
-    model = esper.wrap(unwrapped(net), settings=NEVER_OBSERVED)
+def wrapped(net: nn.Module, inp: Tensor, settings: SeedSettings = NEVER_OBSERVED) -> MorphableModel:
+    """Wrap such a copy; its activations have learnt their width."""
+    model = esper.wrap(copied(net), settings=settings)
     model(inp)
     return model
+
+
+def every_seed(net: nn.Module, inp: Tensor) -> dict[str, range]:
+    """Return all seeds that ``net`` gets when it is wrapped, by layer."""
+    layers = wrapped(net, inp).kasmina_layers
+    return {name: range(layer.num_seeds) for name, layer in layers.items()}

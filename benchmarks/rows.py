@@ -32,28 +32,44 @@ class Baseline(_Frozen):
     unit: str
 
 
-class Row(_Frozen):
-    """One number.
+class Point(_Frozen):
+    """Where a number lies on a curve: rows that share ``curve`` and ``axis`` are drawn as one."""
+
+    curve: str
+    axis: str
+    x: float
+
+
+class Finding(_Frozen):
+    """One number, without where it comes from.
 
     For times, ``low`` and ``high`` are the 99% bootstrap interval and ``spread`` the 20% and 80%
     quantiles of the samples; for counts, which hardly vary, they are the extremes seen.
     """
 
-    case: str
     row: str
     metric: str
     value: float
     low: float
     high: float
     spread: tuple[float, float] | None = None
+    samples: int | None = None  # how many the interval rests on
     unit: str
     baseline: Baseline | None = None
+    point: Point | None = None
     target: str | None = None  # in words; None for what is only compared with
     met: bool | None = None
+
+
+class Row(Finding):
+    """A number with the case that found it and its context."""
+
+    case: str
     context: Context
 
 
 _ROWS = TypeAdapter(list[Row])
+_DECIMALS = {"x": 4, "us": 2, "GB/s": 2, "B": 1}
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
@@ -106,4 +122,4 @@ def _range(low: float, high: float, unit: str) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.4f}" if unit == "x" else f"{value:,.0f}"
+    return f"{value:,.{_DECIMALS.get(unit, 0)}f}"

@@ -1,9 +1,31 @@
-"""The cases by name. Each checks its results and then returns its rows."""
+"""The cases by name. Each offers its trials; run.py and pytest-benchmark both time those."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from benchmarks.cases import dormant
-from benchmarks.harness import Plan
-from benchmarks.rows import Context, Row
+from benchmarks.cases import active, bandwidth, bank, dormant, isolated, observed
+from benchmarks.harness import Plan, Trial
+from benchmarks.kernels import Kernels
+from benchmarks.rows import Finding
 
-CASES: dict[str, Callable[[Plan, Context], list[Row]]] = {"dormant": dormant.run}
+
+def nothing(plan: Plan) -> Iterable[Finding]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """``trials`` are timed; ``counts`` are numbers that no clock is needed for."""
+
+    trials: Callable[[Plan, Kernels], list[Trial]]
+    counts: Callable[[Plan], Iterable[Finding]] = nothing
+
+
+CASES = {
+    "dormant": Case(dormant.trials, dormant.counts),
+    "observed": Case(observed.trials),
+    "isolated": Case(isolated.trials),
+    "active": Case(active.trials),
+    "bank": Case(bank.trials, bank.counts),
+    "bandwidth": Case(bandwidth.trials),  # the last one, as it changes how memory is allocated
+}
