@@ -27,16 +27,23 @@ LINEAR_8_4 = SiteSignature(host="Linear", inp_shape=(None, 8), act_shape=(None, 
 
 
 class Residual(nn.Module):
-    """``act + up(tanh(down(inp)))`` with a branch that is not zero at the start."""
+    """``act + up(tanh(down(inp)))`` with a branch that is not zero at the start: a bottleneck."""
 
     def __init__(self, site: SiteSignature, dropout: float = 0.0):
         super().__init__()
         self.down = nn.Linear(site.inp_channels, 3)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.up = nn.Linear(3, site.act_channels)
 
     def forward(self, inp: Tensor, act: Tensor) -> Tensor:
         return act + self.up(self.dropout(torch.tanh(self.down(inp))))
+
+
+class Irregular(Residual):
+    """The same function, but none that can be computed in one go."""
+
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return super().forward(inp, act) * 1
 
 
 class NotANumber(Residual):

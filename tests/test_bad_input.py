@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kasmina_library import LINEAR_8_4, MemoryLibrary, Residual
+from kasmina_library import LINEAR_8_4, Irregular, MemoryLibrary, Residual
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -32,16 +32,18 @@ def planted(net: nn.Module, library: MemoryLibrary) -> MorphableModel:
     return model
 
 
-def seeded(state: SeedState, net: nn.Module | None = None) -> MorphableModel:
+def seeded(
+    state: SeedState, net: nn.Module | None = None, builder: Callable[..., nn.Module] = Residual
+) -> MorphableModel:
     """Bring seed 1 of layer "0" into TRAINING or, at alpha 0.5, into GRAFTING."""
     library = MemoryLibrary()
     model = planted(mlp() if net is None else net, library)
     layer = model.kasmina_layers["0"]
     if state is S.TRAINING:
-        layer.request_germination(1, library.add(), FOREVER)
+        layer.request_germination(1, library.add(builder), FOREVER)
         model.step()
     else:
-        assert asyncio.run(layer.load_kernel(1, library.add(), alpha=0.5))
+        assert asyncio.run(layer.load_kernel(1, library.add(builder), alpha=0.5))
     assert layer.state(1) is state
     return model
 
@@ -184,7 +186,7 @@ def test_an_output_of_another_shape_names_seed_and_shapes_and_spares_the_host(
 ) -> None:
     change, shown = OUTPUTS[case]
     plain = mlp()
-    model = seeded(state, copy.deepcopy(plain))
+    model = seeded(state, copy.deepcopy(plain), Irregular)
     call = Kernel.call
     monkeypatch.setattr(Kernel, "call", lambda *args: change(call(*args)))
     inp = torch.randn(5, 8, requires_grad=True)

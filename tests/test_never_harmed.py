@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kasmina_library import MemoryLibrary, NotANumber, Residual
+from kasmina_library import Irregular, MemoryLibrary, NotANumber, Residual
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import weight_norm
@@ -125,8 +125,11 @@ def test_zero_grad_reaches_a_seed_in_training() -> None:
     assert all(weight.grad is None for weight in weights)
 
 
+@pytest.mark.parametrize("builder", [Residual, Irregular])
 @pytest.mark.parametrize("state", [S.TRAINING, S.GRAFTING])
-def test_a_frozen_hosts_input_may_be_changed_in_place(state: SeedState) -> None:
+def test_a_frozen_hosts_input_may_be_changed_in_place(
+    state: SeedState, builder: Callable[..., nn.Module]
+) -> None:
     class Residual2(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -144,10 +147,10 @@ def test_a_frozen_hosts_input_may_be_changed_in_place(state: SeedState) -> None:
     model.connect(library)
     layer = model.kasmina_layers["frozen.0"]
     if state is S.TRAINING:
-        layer.request_germination(1, library.add(), FOREVER)
+        layer.request_germination(1, library.add(builder), FOREVER)
         model.step()
     else:
-        asyncio.run(layer.load_kernel(1, library.add()))
+        asyncio.run(layer.load_kernel(1, library.add(builder)))
     model(torch.randn(5, 8)).square().mean().backward()
     assert all(weight.grad is not None for weight in layer.kernel(1).weights())
 
@@ -156,7 +159,7 @@ def test_a_frozen_hosts_input_may_be_changed_in_place(state: SeedState) -> None:
 def test_a_kernel_that_raises_under_checkpointing_does_not_break_backward(
     state: SeedState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = seeded(mlp(), state)
+    model = seeded(mlp(), state, Irregular)
 
     def fail(*args: object) -> Tensor:
         raise ZeroDivisionError("kernel")
@@ -169,16 +172,20 @@ def test_a_kernel_that_raises_under_checkpointing_does_not_break_backward(
     assert model.kasmina_layers["0"].state(1) is S.CULLED
 
 
+@pytest.mark.parametrize("builder", [Residual, Irregular])
 @pytest.mark.parametrize("state", [S.TRAINING, S.GRAFTING])
-def test_an_overflowing_loss_is_not_the_seeds_fault(state: SeedState) -> None:
-    model = seeded(mlp(), state, max_errors=1)
+def test_an_overflowing_loss_is_not_the_seeds_fault(
+    state: SeedState, builder: Callable[..., nn.Module]
+) -> None:
+    model = seeded(mlp(), state, builder, max_errors=1)
     (model(torch.randn(5, 8)).sum() * float("inf")).backward()
     model.step()
     assert model.kasmina_layers["0"].state(1) is state
 
 
-def test_a_gradient_penalty_goes_through_a_grafted_seed() -> None:
-    model = seeded(mlp(), S.GRAFTING)
+@pytest.mark.parametrize("builder", [Residual, Irregular])
+def test_a_gradient_penalty_goes_through_a_grafted_seed(builder: Callable[..., nn.Module]) -> None:
+    model = seeded(mlp(), S.GRAFTING, builder)
     inp = torch.randn(5, 8, requires_grad=True)
     [grad] = torch.autograd.grad(model(inp).sum(), inp, create_graph=True)
     grad.square().sum().backward()

@@ -10,6 +10,7 @@ import torch
 from kasmina_library import (
     Doubled,
     InfiniteGradient,
+    Irregular,
     MemoryLibrary,
     NotANumber,
     OneBatchOnly,
@@ -78,7 +79,8 @@ def run(model: nn.Module, parameters: list[nn.Parameter], steps: int) -> list[Te
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "residual": Residual,
+    "bottleneck": Residual,
+    "irregular": Irregular,
     "not a number": NotANumber,
     "infinite gradient": InfiniteGradient,
     "raises": OneBatchOnly,

@@ -268,31 +268,45 @@ class _WritesTogether:
         self.bank._send_held_back()
 
 
-class SeedCell:
-    """One seed's views into the bank, as ops take them: one-element tensors on the device."""
+class SeedCells:
+    """One layer's views into the bank, as ops take them: one entry a seed, on the device."""
 
-    __slots__ = ("alpha", "bank", "fault", "index", "non_finite")
+    __slots__ = ("_counters", "alpha", "bank", "count", "fault", "first", "non_finite")
 
-    def __init__(self, bank: SeedBank, index: int):
+    def __init__(self, bank: SeedBank, first: int, count: int):
         self.bank = bank
-        self.index = index
+        self.first = first
+        self.count = count
         self.refresh()
 
     def refresh(self) -> None:
         """Take the views anew, after the bank has moved."""
-        one = slice(self.index, self.index + 1)
-        self.alpha = self.bank.fields["alpha_blend"][one]  # (1,) float32
-        self.fault = self.bank.fields["fault"][one]  # (1,) uint8
-        self.non_finite = self.bank.fields["health_accumulator"][4, one]  # (1,) float32
+        seeds = slice(self.first, self.first + self.count)
+        self.alpha = self.bank.fields["alpha_blend"][seeds]  # (count,) float32
+        self.fault = self.bank.fields["fault"][seeds]  # (count,) uint8
+        self.non_finite = self.bank.fields["health_accumulator"][4, seeds]  # (count,) float32
+        self._counters = [self._sliced(seed_idx) for seed_idx in range(self.count)]
 
-    def quarantine(self) -> None:
-        """Take the seed out of the output for good, for an error that the host saw."""
-        self.bank.write("error_count", self.index, self.bank.mirror["error_count"][self.index] + 1)
-        self.bank.write("fallback_active", self.index, 1)
+    def counters(self, seed_idx: int) -> tuple[Tensor, Tensor]:
+        """Return ``non_finite`` and ``fault`` of one seed, (1,) each."""
+        # A compiler must see them come from the layer's, with which they share memory.
+        if torch.compiler.is_compiling():
+            return self._sliced(seed_idx)
+        return self._counters[seed_idx]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SeedCell":
+    def _sliced(self, seed_idx: int) -> tuple[Tensor, Tensor]:
+        one = slice(seed_idx, seed_idx + 1)
+        return self.non_finite[one], self.fault[one]
+
+    def quarantine(self, seed_idx: int) -> None:
+        """Take a seed out of the output for good, for an error that the host saw."""
+        index = self.first + seed_idx
+        self.bank.write("error_count", index, self.bank.mirror["error_count"][index] + 1)
+        self.bank.write("fallback_active", index, 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SeedCells":
         # Views are made anew: copied ones would not belong to the copied bank's block.
-        return SeedCell(copy.deepcopy(self.bank, memo), self.index)
+        return SeedCells(copy.deepcopy(self.bank, memo), self.first, self.count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -327,7 +327,7 @@ class Kasmina:
             self.bank.move_to(device)
         for layer in self.layers.values():
             for seat in layer.occupants():
-                seat.cell.refresh()
+                seat.cells.refresh()
                 if seat.isolated:  # the others are in the module tree
                     seat._apply(move)  # type: ignore[no-untyped-call]
 

@@ -18,11 +18,12 @@ import esper.kasmina.morph as morph
 import esper.ops as ops
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.errors import EsperError, LifecycleError
-from esper.kasmina.bank import SeedBank, SeedCell, check_alpha
+from esper.kasmina.bank import SeedBank, SeedCells, check_alpha
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
-from esper.kasmina.seat import SEATS, Chunk, Seat, Seats, seats_of
+from esper.kasmina.seat import Chunk, Seat
+from esper.kasmina.seats import SEATS, Seats, seats_of
 from esper.kasmina.site import (
     SiteShapes,
     SiteType,
@@ -195,14 +196,14 @@ class KasminaLayer:
         """LOADING > TRAINING: seat the kernel; it learns, the host does not hear it."""
         self._move(seed_idx, SeedState.TRAINING, "kernel loaded", kernel.artifact_id)
         seat = self._occupy(seed_idx, kernel)
-        self._seats().isolate(seed_idx, seat)
+        self._seats().isolate(seat)
 
     def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
         """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
         self._check_state(seed_idx, SeedState.TRAINING, SeedState.GRAFTING)
         check_alpha(strategy.alpha_target, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.GRAFTING, "trained in isolation")
-        self._seats().admit(seed_idx, self._seat(seed_idx))
+        self._seats().admit(self._seat(seed_idx))
         self._ramp(seed_idx, strategy)
 
     def graft_new(
@@ -213,7 +214,7 @@ class KasminaLayer:
         check_alpha(alpha if strategy is None else strategy.alpha_target, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", kernel.artifact_id)
         seat = self._occupy(seed_idx, kernel)
-        self._seats().admit(seed_idx, seat)
+        self._seats().admit(seat)
         if strategy is None:
             self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
         else:
@@ -314,6 +315,7 @@ class KasminaLayer:
         if seat.bypassed:
             return False
         seat.bypassed = True
+        self._seats().rearrange()
         return True
 
     # ------------------------------------------------------------------ observation
@@ -391,8 +393,8 @@ class KasminaLayer:
     def _occupy(self, seed_idx: int, kernel: Kernel) -> Seat:
         """Make a seat for the kernel, and tell everybody but the module tree."""
         chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
-        cell = SeedCell(self.kasmina.bank, self.first_seed + seed_idx)
-        seat = Seat(self.seed_name(seed_idx), kernel, cell, chunk)
+        cells = SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
+        seat = Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
         seat.train(self.default_transform.training)
         if seats_of(self.default_transform) is None:
             self.default_transform.add_module(SEATS, Seats())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import EsperError
-from esper.kasmina.seat import SEATS, seats_of
+from esper.kasmina.seats import SEATS, seats_of
 
 Derive = Callable[[type[nn.Module]], type[nn.Module]]
 
@@ -103,6 +103,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def active_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``host`` whose forward lets the layer's seats speak."""
     host_forward = host.forward
+    leaves_its_output = host_forward in _LEAVING_THEIR_OUTPUT
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         seats = seats_of(self)
@@ -113,9 +114,32 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
             # Others may modify it in place after this call, as they may not where the host has
             # saved it; what the kernels save must not change under them.
             inp = inp.clone()
-        return seats.apply_to(inp, host_forward(self, *args, **kwargs))
+        out: Tensor = host_forward(self, *args, **kwargs)
+        return seats.apply_to(inp, out, leaves_its_output and _is_simple(out))
 
     return _subclass(host, "Active", forward)
+
+
+# Forwards whose result is new memory that they do not save for their backward pass, so that
+# nobody misses it when it is written over.
+_LEAVING_THEIR_OUTPUT = {
+    host.forward
+    for host in (
+        nn.Linear,
+        nn.Bilinear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+}
+
+
+def _is_simple(out: Tensor) -> bool:
+    """Whether writing over ``out`` costs nothing more; for a view, autograd copies its base."""
+    return not torch.compiler.is_compiling() and not out._is_view()
 
 
 def _saves_its_input(host: nn.Module, inp: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from esper.contracts import canonical_json
 from esper.errors import ArtifactError
+from esper.kasmina.bottleneck import Bottleneck, recognise
 from esper.kasmina.graph import (
     DTYPES,
     DType,
@@ -33,6 +35,9 @@ from esper.kasmina.operators import operator
 from esper.kasmina.source import KernelFunction, python_function, python_source
 
 FORMAT_VERSION = 1
+
+_ACT = Ref("input", "act")
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor")  # they keep no operand for their backward pass
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,22 @@ class Program:
             }
         )
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether training draws random numbers: dropout is all that may."""
         return any("dropout" in node.op or "attention" in node.op for node in self.train.nodes)
+
+    @cached_property
+    def keeps_act(self) -> bool:
+        """Whether the result may be ``act`` itself, or the backward pass may need it."""
+        readers = [node.op for node in self.train.nodes if _ACT in node.references()]
+        return self.train.output == _ACT or any(op not in _SUMS for op in readers)
+
+    @cached_property
+    def bottleneck(self) -> Bottleneck | None:
+        """What :func:`esper.ops.bottleneck` needs to know to compute this program, if it can."""
+        form = recognise(self.train, self.parameters)
+        return form if form == recognise(self.eval, self.parameters) else None
 
     def source(self, training: bool) -> str:
         """Return the Python source that :meth:`compile` runs, for people to read."""

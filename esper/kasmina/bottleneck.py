@@ -1,0 +1,78 @@
+"""Recognising the programs that :func:`esper.ops.bottleneck` computes in one go.
+
+Most designs for a layer whose channels are last are two linear maps with an activation between,
+added to the host's output. What such a program does is known in full, so its seeds need not be run
+operator by operator, and all seeds of a layer that carry one such artifact run as one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from esper.kasmina.graph import Graph, Node, Ref, TensorSpec
+
+_INP, _ACT = Ref("input", "inp"), Ref("input", "act")
+_ACTIVATIONS = {f"aten.{name}.default": name for name in ("relu", "silu", "tanh", "sigmoid")}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """``act + up(activation(down(inp)))``, by the positions of its weights among the parameters."""
+
+    down: int
+    down_bias: int | None
+    up: int
+    up_bias: int | None
+    activation: str
+
+    @property
+    def order(self) -> list[int]:
+        """Positions of the weights there are, in the order down, bias, up, bias."""
+        positions = (self.down, self.down_bias, self.up, self.up_bias)
+        return [position for position in positions if position is not None]
+
+
+def recognise(graph: Graph, parameters: Sequence[TensorSpec]) -> Bottleneck | None:
+    """Return the form of ``graph``, or None if it is not a bottleneck over all ``parameters``."""
+    if len(graph.nodes) not in (3, 4) or graph.output != Ref("node", len(graph.nodes) - 1):
+        return None
+    activation = _activation(graph.nodes[1]) if len(graph.nodes) == 4 else "identity"
+    down = _linear(graph.nodes[0], _INP)
+    up = _linear(graph.nodes[-2], Ref("node", len(graph.nodes) - 3))
+    if activation is None or down is None or up is None:
+        return None
+    if not _adds_to_act(graph.nodes[-1], Ref("node", len(graph.nodes) - 2)):
+        return None
+    positions: dict[str | int | None, int | None] = {None: None}
+    positions |= {spec.name: position for position, spec in enumerate(parameters)}
+    found = [positions[name] for name in (*down, *up)]
+    if sorted(p for p in found if p is not None) != list(range(len(parameters))):
+        return None
+    assert found[0] is not None and found[2] is not None
+    return Bottleneck(found[0], found[1], found[2], found[3], activation)
+
+
+def _linear(node: Node, source: Ref) -> tuple[str | int, str | int | None] | None:
+    """Return the names of weight and bias of a linear map of ``source`` by parameters."""
+    if node.op != "aten.linear.default" or node.kwargs or node.args[0] != source:
+        return None
+    weight, bias = (*node.args[1:], None)[:2]
+    if not (isinstance(weight, Ref) and weight.kind == "param"):
+        return None
+    if bias is None:
+        return weight.key, None
+    return (weight.key, bias.key) if isinstance(bias, Ref) and bias.kind == "param" else None
+
+
+def _activation(node: Node) -> str | None:
+    """Return the name of an activation that is applied to the first node's result."""
+    if node.args != (Ref("node", 0),):
+        return None
+    if node.op == "aten.gelu.default":
+        return _GELUS.get(str(node.kwargs.get("approximate", "none")))
+    return None if node.kwargs else _ACTIVATIONS.get(node.op)
+
+
+def _adds_to_act(node: Node, branch: Ref) -> bool:
+    summed = node.args in ((_ACT, branch), (branch, _ACT))
+    return node.op == "aten.add.Tensor" and summed and not node.kwargs

@@ -1,0 +1,206 @@
+"""How the seats of one layer compute together.
+
+An ensemble is some of a layer's seats that take one way: :class:`Bottlenecks` all at once in one
+op, :class:`Individuals` one after the other, with one blend for all. Their chunks are disjoint, so
+it makes no difference that one ensemble blends into what another has left.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import esper.ops as ops
+from esper.kasmina.bottleneck import Bottleneck
+from esper.kasmina.seat import Seat
+
+logger = logging.getLogger(__name__)
+
+
+class Ensemble(Protocol):
+    def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
+        """Return the layer's output ``host`` with the seats' chunks blended in.
+
+        ``in_place``: nobody else needs ``host`` any more.
+        """
+
+    def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
+        """Return ``host`` as it is, such that the seats will receive its gradient."""
+
+
+def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
+    """Divide seats into those that compute as one and the rest."""
+    together: list[Ensemble] = []
+    alone: list[Seat] = []
+    for _, same in groupby(sorted(seats, key=_artifact), key=_artifact):
+        group = list(same)
+        form = group[0].kernel.program.bottleneck
+        if form is None:
+            alone += group
+        else:
+            together.append(Bottlenecks(group, form))
+    return [*together, Individuals(alone)] if alone else together
+
+
+def _artifact(seat: Seat) -> tuple[str, int]:
+    return seat.kernel.artifact_id, seat.chunk.length
+
+
+class Individuals:
+    """Seats that run one after the other, and are blended by one op."""
+
+    def __init__(self, seats: Sequence[Seat]):
+        self.seats = seats
+        self.cells = seats[0].cells
+        self.chunk = seats[0].chunk
+        self.keeps_act = any(seat.kernel.program.keeps_act for seat in seats)
+
+    def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
+        ran = self._run(inp, host)
+        if not ran:
+            return host
+        cells = self.cells
+        return ops.blend(
+            host,
+            [out for _, out in ran],
+            [seat.seed_idx for seat, _ in ran],
+            [seat.chunk.start for seat, _ in ran],
+            cells.alpha,
+            self.chunk.channel_dim(host.dim()),
+            cells.non_finite,
+            cells.fault,
+            in_place=in_place and not self.keeps_act,
+        )
+
+    def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
+        dim = self.chunk.channel_dim(host.dim())
+        result = host
+        for seat, out in self._run(inp, host):
+            result = ops.isolate(result, out, dim, seat.chunk.start)
+        return result
+
+    def _run(self, inp: Tensor, host: Tensor) -> list[tuple[Seat, Tensor]]:
+        outs = ((seat, seat.run(inp, host)) for seat in self.seats if seat.fits(host))
+        return [(seat, out) for seat, out in outs if out is not None]
+
+
+class Bottlenecks:
+    """Seats with one and the same bottleneck: one op computes and blends them all.
+
+    For several seats the op wants their weights stacked. The parameters stay what they are to
+    everybody else, optimizers included: their memory is moved to lie side by side.
+    """
+
+    def __init__(self, seats: Sequence[Seat], form: Bottleneck):
+        self.seats = seats
+        self.form = form
+        self.individuals = Individuals(seats)
+        self.cells = seats[0].cells
+        self.seeds = [seat.seed_idx for seat in seats]
+        self.starts = [seat.chunk.start for seat in seats]
+        self._places: list[int] = []  # where the leaves lie while they are stacked
+        self._stack: list[Tensor] = []
+        self._usable = True
+
+    def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
+        if self._fits(inp, host):
+            cells = self.cells
+            try:
+                leaves = self._leaves()
+                return ops.bottleneck(
+                    host,
+                    inp,
+                    self._weights(leaves),
+                    leaves,
+                    self.form.activation,
+                    self.seeds,
+                    self.starts,
+                    cells.alpha,
+                    cells.non_finite,
+                    cells.fault,
+                    in_place=in_place,
+                )
+            except Exception as error:
+                self._give_up(error)
+        return self.individuals.blend(inp, host, in_place)
+
+    def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
+        if self._fits(inp, host):
+            cells = self.cells
+            try:
+                leaves = self._leaves()
+                return ops.isolated_bottleneck(
+                    host,
+                    inp.detach(),
+                    self._weights(leaves),
+                    leaves,
+                    self.form.activation,
+                    self.seeds,
+                    self.starts,
+                    cells.non_finite,
+                    cells.fault,
+                )
+            except Exception as error:
+                self._give_up(error)
+        return self.individuals.isolate(inp, host)
+
+    def _fits(self, inp: Tensor, host: Tensor) -> bool:
+        """Whether the op can do it; a compiler does better with the operators one by one."""
+        seat, rank = self.seats[0], host.dim()
+        return (
+            self._usable
+            and rank > 1
+            and seat.chunk.channel_dim(rank) == rank - 1
+            and seat.fits(host)
+            and inp.dtype is host.dtype is seat.kernel.weights()[0].dtype
+            and not torch.compiler.is_compiling()
+        )
+
+    def _give_up(self, error: Exception) -> None:
+        """Run one by one from now on, which also shows whose fault it is."""
+        self._usable = False
+        names = ", ".join(seat.seed for seat in self.seats)
+        logger.warning("%s: not run as one: %s: %s", names, type(error).__name__, error)
+
+    def _leaves(self) -> list[Tensor]:
+        leaves = []
+        for seat in self.seats:
+            weights = seat.weights()
+            leaves += [weights[position] for position in self.form.order]
+        return leaves
+
+    def _weights(self, leaves: list[Tensor]) -> ops.BottleneckWeights:
+        stack = leaves if len(self.seats) == 1 else self._stacked(leaves)
+        form, given = self.form, iter(stack)
+        return ops.BottleneckWeights(
+            next(given),
+            None if form.down_bias is None else next(given),
+            next(given),
+            None if form.up_bias is None else next(given),
+        )
+
+    def _stacked(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Return each kind of weight stacked along its rows, in the memory of the leaves.
+
+        Whoever gives a parameter other memory (``module.to``, ``load_state_dict(assign=True)``)
+        finds it moved back here at the next forward.
+        """
+        if self._places != [leaf.data_ptr() for leaf in leaves]:
+            self._stack = [_side_by_side(self._parameters(kind)) for kind in self.form.order]
+            self._places = [leaf.data_ptr() for leaf in self._leaves()]
+        return self._stack
+
+    def _parameters(self, position: int) -> list[nn.Parameter]:
+        return [seat.kernel.weights()[position] for seat in self.seats]
+
+
+def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
+    """Move the parameters' memory into one tensor, stacked along the rows, and return that."""
+    with torch.no_grad():
+        stack = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, rows in zip(parameters, stack.split(parameters[0].shape[0]), strict=True):
+        parameter.data = rows
+    return stack

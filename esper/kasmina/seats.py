@@ -1,0 +1,93 @@
+"""The occupied seats of one host layer: what its active class computes after the host."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina.ensemble import Ensemble, ensembles
+from esper.kasmina.seat import Seat
+
+
+def _keep_off_fast_paths(seats: nn.Module, args: Any) -> None:
+    """Do nothing: that a hook exists stops TransformerEncoderLayer from bypassing its children."""
+
+
+class Seats(nn.ModuleDict):
+    """The occupied seats of one layer, by seed index; registered on the layer as ``esper_seeds``.
+
+    Seats in TRAINING are kept out of the module tree: what walks over ``model.parameters()``,
+    such as gradient clipping or an average of the weights, must not let them touch the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.isolated: dict[str, Seat] = {}
+        self._heard: list[Ensemble] | None = None  # made when they are first needed
+        self._unheard: list[Ensemble] = []
+        self.register_forward_pre_hook(_keep_off_fast_paths)  # never called, so it costs nothing
+
+    def occupants(self) -> list[Seat]:
+        return [*cast(Iterable[Seat], self._modules.values()), *self.isolated.values()]
+
+    def occupant(self, seed_idx: int) -> Seat | None:
+        key = str(seed_idx)
+        return self.isolated.get(key) or cast(Seat | None, self._modules.get(key))
+
+    def isolate(self, seat: Seat) -> None:
+        seat.isolated = True
+        self.isolated[str(seat.seed_idx)] = seat
+        self.rearrange()
+
+    def admit(self, seat: Seat) -> None:
+        """Let the host hear a seat; its parameters become the model's."""
+        key = str(seat.seed_idx)
+        self.isolated.pop(key, None)
+        seat.isolated = False
+        self[key] = seat
+        self.rearrange()
+
+    def remove(self, seed_idx: int) -> None:
+        self.isolated.pop(str(seed_idx), None)
+        self._modules.pop(str(seed_idx), None)
+        self.rearrange()
+
+    def rearrange(self) -> None:
+        """Form the ensembles anew before the next forward."""
+        self._heard = None
+
+    def apply_to(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
+        """Return the layer's output given the host's input and output.
+
+        ``in_place``: nobody but the caller holds ``host``, and no backward pass needs it.
+        """
+        if self._heard is None:
+            self._heard = self._arrange()
+        out = host
+        for ensemble in self._heard:
+            out = ensemble.blend(inp, out, in_place)
+        if self._unheard and torch.is_grad_enabled():
+            for seat in self.isolated.values():
+                if seat.training is not self.training:
+                    seat.train(self.training)
+            for ensemble in self._unheard:
+                out = ensemble.isolate(inp, out)
+        return out
+
+    def _arrange(self) -> list[Ensemble]:
+        self._unheard = ensembles(self.isolated.values())
+        heard = cast(Iterable[Seat], self._modules.values())
+        return ensembles(seat for seat in heard if not seat.bypassed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies form ensembles of their own."""
+        return {**self.__dict__, "_heard": None, "_unheard": []}
+
+
+SEATS = "esper_seeds"
+
+
+def seats_of(module: nn.Module) -> Seats | None:
+    """Return the seats of an active layer, or None."""
+    return cast(Seats | None, module._modules.get(SEATS))
