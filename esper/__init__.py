@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper.contracts import Blueprint
+    from esper.kasmina.export import export
     from esper.kasmina.layer import KasminaLayer
     from esper.kasmina.model import MorphableModel, unwrap, wrap
     from esper.oona import Oona
@@ -31,6 +32,7 @@ _HOMES = {
     "Tolaria": "esper.tolaria",
     "Urabrask": "esper.urabrask",
     "Urza": "esper.urza",
+    "export": "esper.kasmina.export",
     "unwrap": "esper.kasmina.model",
     "wrap": "esper.kasmina.model",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "Tolaria",
     "Urabrask",
     "Urza",
+    "export",
     "unwrap",
     "wrap",
 ]

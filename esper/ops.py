@@ -36,6 +36,11 @@ if torch.version.cuda is not None and find_spec("triton") is not None:
     torch.library.impl("esper::bottleneck_backward", "CUDA")(_triton_bottleneck.bottleneck_backward)
 
 
+def _is_exporting() -> bool:
+    """Whether what runs is being recorded, to be run where Esper is not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def tick(arena: Tensor, num_seeds: int, max_errors: int) -> None:
     """Advance every running seed by one step: book its fault, quarantine it, or move its ramp.
 
@@ -103,7 +108,7 @@ def blend(
     """
     if in_place:
         _check_in_place(y, alpha)
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() or _is_exporting():
         result = _compiled_blend(y, outs, seeds, starts, alpha, channel_dim, non_finite, fault)
         return y.copy_(result) if in_place else result
     if in_place:
@@ -132,7 +137,7 @@ def isolate(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
     output there and with non-finite elements set to zero, but its values reach nothing. Second
     derivatives with respect to ``out`` end here: they would reach the host.
     """
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return y
     return cast(Tensor, _Isolate.apply(y, out, channel_dim, start))
 
@@ -145,7 +150,7 @@ def guard(non_finite: Tensor, fault: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     The gradients are differentiable; what a second backward pass hands to them is made finite.
     """
     guarded = [t for t in tensors if t.requires_grad]
-    if not guarded or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not guarded or not torch.is_grad_enabled() or _is_exporting():
         return tensors
     clean = iter(_Guard.apply(non_finite, fault, *guarded))
     return tuple(next(clean) if t.requires_grad else t for t in tensors)
@@ -161,7 +166,7 @@ def _compiled_blend(
     non_finite: Tensor,
     fault: Tensor,
 ) -> Tensor:
-    if not torch.compiler.is_exporting():
+    if not _is_exporting():
         detached = [out.detach() for out in outs]
         lost = reference.blend_lost(y.detach(), detached, seeds, starts, channel_dim, non_finite)
         reference.record_lost(lost, non_finite, fault)
@@ -447,7 +452,7 @@ def isolated_bottleneck(
     Second derivatives with respect to the branch end here: they would reach the host.
     """
     code = _activation_code(activation)
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return y
     if torch.compiler.is_compiling():
         guarded = _guarded_leaves(leaves, seeds, non_finite, fault)
@@ -573,7 +578,7 @@ def _traced_bottleneck(
     fault: Tensor,
 ) -> Tensor:
     weight = _cells_of(seeds, alpha)
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         branches = _branches(inp, weights, leaves, activation, len(seeds))
         return reference.bottleneck(y, branches, starts, weight)
     first = seeds[0]

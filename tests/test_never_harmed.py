@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.config import SeedSettings
-from esper.contracts import GraftingStrategy, LifecycleEvent, SeedState
+from esper.contracts import GraftingStrategy, LifecycleEvent, SeedState, SiteSignature
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.model import MorphableModel
 
@@ -412,3 +412,42 @@ def test_health_counts_the_observed_step_alone() -> None:
     rows = observed[-1].snapshot.fields["health_accumulator"]
     assert rows[0, 1] == 5 * 4
     assert 0 < rows[4, 1] <= 5 * 4 + 4 * 60  # one step's outputs and gradients, not ten
+
+
+def test_a_host_that_works_in_place_shows_its_kernel_the_same_input_with_and_without_gradients() -> (
+    None
+):
+    site = SiteSignature(host="ReLU", inp_shape=(None, 8), act_shape=(None, 4), channel_dim=1)
+    library = MemoryLibrary()
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    model = esper.wrap(net, settings=SeedSettings(seeds_per_layer=2, deterministic=True))
+    inp = torch.randn(5, 8)
+    model(inp)
+    model.connect(library)
+    assert asyncio.run(model.load_kernel("1", 1, library.add(Irregular, site), alpha=0.5))
+    expected = model(inp)
+    with torch.no_grad():
+        assert torch.equal(model(inp), expected)
+
+
+def test_a_rank_two_kernel_is_not_asked_about_images() -> None:
+    site = SiteSignature(host="Tanh", inp_shape=(None, 6), act_shape=(None, 3), channel_dim=1)
+    library = MemoryLibrary()
+    model = esper.wrap(nn.Sequential(nn.Tanh()), settings=SeedSettings(seeds_per_layer=2))
+    model(torch.randn(5, 6))
+    model.connect(library)
+    assert asyncio.run(model.load_kernel("0", 1, library.add(Irregular, site), alpha=0.5))
+    images = torch.randn(2, 6, 6, 6)
+    assert torch.equal(model(images), images.tanh())
+    assert model.kasmina_layers["0"].quarantine_reason(1) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared
+@pytest.mark.parametrize("builder", [Residual, Irregular])
+def test_a_grown_model_can_be_traced(builder: Callable[..., nn.Module]) -> None:
+    model = seeded(mlp(), S.GRAFTING, builder)
+    inp, more = torch.randn(5, 8), torch.randn(3, 8)
+    model(inp)
+    traced = torch.jit.trace(model, inp)
+    torch.testing.assert_close(traced(more), model(more))

@@ -19,6 +19,7 @@ def test_the_public_names() -> None:
         "Tolaria",
         "Urabrask",
         "Urza",
+        "export",
         "unwrap",
         "wrap",
     ]

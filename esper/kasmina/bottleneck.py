@@ -28,8 +28,17 @@ class Bottleneck:
     @property
     def order(self) -> list[int]:
         """Positions of the weights there are, in the order down, bias, up, bias."""
-        positions = (self.down, self.down_bias, self.up, self.up_bias)
-        return [position for position in positions if position is not None]
+        return [position for position in self._positions if position is not None]
+
+    @property
+    def places(self) -> list[int]:
+        """Where down, bias, up, bias stand among the weights in that order; -1 for none."""
+        present = iter(range(4))
+        return [-1 if position is None else next(present) for position in self._positions]
+
+    @property
+    def _positions(self) -> tuple[int, int | None, int, int | None]:
+        return self.down, self.down_bias, self.up, self.up_bias
 
 
 def recognise(graph: Graph, parameters: Sequence[TensorSpec]) -> Bottleneck | None:

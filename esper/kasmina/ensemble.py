@@ -8,6 +8,7 @@ it makes no difference that one ensemble blends into what another has left.
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from esper.kasmina.bottleneck import Bottleneck
 from esper.kasmina.seat import Seat
 
 logger = logging.getLogger(__name__)
+
+_MAX_RANK = 8  # of a layer's output, that of the largest being (N, T, ..., C)
 
 
 class Ensemble(Protocol):
@@ -43,6 +46,10 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
         else:
             together.append(Bottlenecks(group, form))
     return [*together, Individuals(alone)] if alone else together
+
+
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _artifact(seat: Seat) -> tuple[str, int]:
@@ -90,6 +97,8 @@ class Individuals:
 class Bottlenecks:
     """Seats with one and the same bottleneck: one op computes and blends them all.
 
+    A compiler is shown their operators one by one instead, which it can fuse with their neighbours.
+
     For several seats the op wants their weights stacked. The parameters stay what they are to
     everybody else, optimizers included: their memory is moved to lie side by side.
     """
@@ -101,15 +110,21 @@ class Bottlenecks:
         self.cells = seats[0].cells
         self.seeds = [seat.seed_idx for seat in seats]
         self.starts = [seat.chunk.start for seat in seats]
-        self._places: list[int] = []  # where the leaves lie while they are stacked
+        self._channels = seats[0].chunk.channels
+        self._ranks = {rank for rank in range(2, _MAX_RANK) if seats[0].serves_rows(rank)}
+        # Children of a module are found slowly.
+        self._learners = [(seat, seat.kernel) for seat in seats]
+        self._in_order = itemgetter(*form.order)
+        self._in_places = itemgetter(*form.places)
+        self._addresses: list[int] = []  # of the leaves while they are stacked
         self._stack: list[Tensor] = []
         self._usable = True
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
-        if self._fits(inp, host):
+        leaves = [] if _is_recorded() else self._leaves()
+        if leaves and self._fits(inp, host, leaves[0].dtype):
             cells = self.cells
             try:
-                leaves = self._leaves()
                 return ops.bottleneck(
                     host,
                     inp,
@@ -128,13 +143,13 @@ class Bottlenecks:
         return self.individuals.blend(inp, host, in_place)
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
-        if self._fits(inp, host):
+        leaves = [] if _is_recorded() else self._leaves()
+        if leaves and self._fits(inp, host, leaves[0].dtype):
             cells = self.cells
             try:
-                leaves = self._leaves()
                 return ops.isolated_bottleneck(
                     host,
-                    inp.detach(),
+                    inp,
                     self._weights(leaves),
                     leaves,
                     self.form.activation,
@@ -147,16 +162,13 @@ class Bottlenecks:
                 self._give_up(error)
         return self.individuals.isolate(inp, host)
 
-    def _fits(self, inp: Tensor, host: Tensor) -> bool:
-        """Whether the op can do it; a compiler does better with the operators one by one."""
-        seat, rank = self.seats[0], host.dim()
+    def _fits(self, inp: Tensor, host: Tensor, dtype: torch.dtype) -> bool:
+        shape = host.shape
         return (
             self._usable
-            and rank > 1
-            and seat.chunk.channel_dim(rank) == rank - 1
-            and seat.fits(host)
-            and inp.dtype is host.dtype is seat.kernel.weights()[0].dtype
-            and not torch.compiler.is_compiling()
+            and shape[-1] == self._channels
+            and len(shape) in self._ranks
+            and inp.dtype is host.dtype is dtype
         )
 
     def _give_up(self, error: Exception) -> None:
@@ -166,21 +178,15 @@ class Bottlenecks:
         logger.warning("%s: not run as one: %s: %s", names, type(error).__name__, error)
 
     def _leaves(self) -> list[Tensor]:
-        leaves = []
-        for seat in self.seats:
-            weights = seat.weights()
-            leaves += [weights[position] for position in self.form.order]
+        """Return the seats' weights, one seat after the other, each in the op's order."""
+        leaves: list[Tensor] = []
+        for seat, kernel in self._learners:
+            leaves += self._in_order(kernel.weights() if seat.learns else seat.weights())
         return leaves
 
     def _weights(self, leaves: list[Tensor]) -> ops.BottleneckWeights:
         stack = leaves if len(self.seats) == 1 else self._stacked(leaves)
-        form, given = self.form, iter(stack)
-        return ops.BottleneckWeights(
-            next(given),
-            None if form.down_bias is None else next(given),
-            next(given),
-            None if form.up_bias is None else next(given),
-        )
+        return ops.BottleneckWeights._make(self._in_places((*stack, None)))
 
     def _stacked(self, leaves: list[Tensor]) -> list[Tensor]:
         """Return each kind of weight stacked along its rows, in the memory of the leaves.
@@ -188,19 +194,18 @@ class Bottlenecks:
         Whoever gives a parameter other memory (``module.to``, ``load_state_dict(assign=True)``)
         finds it moved back here at the next forward.
         """
-        if self._places != [leaf.data_ptr() for leaf in leaves]:
-            self._stack = [_side_by_side(self._parameters(kind)) for kind in self.form.order]
-            self._places = [leaf.data_ptr() for leaf in self._leaves()]
+        if self._addresses != [leaf.data_ptr() for leaf in leaves]:
+            self._stack = [
+                _side_by_side([kernel.weights()[position] for _, kernel in self._learners])
+                for position in self.form.order
+            ]
+            self._addresses = [leaf.data_ptr() for leaf in self._leaves()]
         return self._stack
-
-    def _parameters(self, position: int) -> list[nn.Parameter]:
-        return [seat.kernel.weights()[position] for seat in self.seats]
 
 
 def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
     """Move the parameters' memory into one tensor, stacked along the rows, and return that."""
-    with torch.no_grad():
-        stack = torch.cat([parameter.detach() for parameter in parameters])
+    stack = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, rows in zip(parameters, stack.split(parameters[0].shape[0]), strict=True):
         parameter.data = rows
     return stack

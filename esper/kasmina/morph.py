@@ -110,9 +110,7 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
         if seats is None:  # culled, under a class that somebody has put on top of this one
             return cast(Tensor, host_forward(self, *args, **kwargs))
         inp = first_tensor(args, kwargs)
-        if torch.is_grad_enabled() and not _saves_its_input(self, inp):
-            # Others may modify it in place after this call, as they may not where the host has
-            # saved it; what the kernels save must not change under them.
+        if _may_change(self, inp):
             inp = inp.clone()
         out: Tensor = host_forward(self, *args, **kwargs)
         return seats.apply_to(inp, out, leaves_its_output and _is_simple(out))
@@ -142,10 +140,17 @@ def _is_simple(out: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not out._is_view()
 
 
-def _saves_its_input(host: nn.Module, inp: Tensor) -> bool:
+def _may_change(host: nn.Module, inp: Tensor) -> bool:
+    """Whether ``inp`` may be modified in place before the kernels are done with it.
+
+    By the host itself, or by others after this call, as they may not where the host has saved it;
+    what the kernels save must not change under them.
+    """
+    if not torch.is_grad_enabled():
+        return getattr(host, "inplace", False)
     weight = host._parameters.get("weight")
     saves = weight is not None and weight.requires_grad
-    return saves and not torch.is_autocast_enabled(inp.device.type)
+    return not saves or torch.is_autocast_enabled(inp.device.type)
 
 
 @made_once

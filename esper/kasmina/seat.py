@@ -53,7 +53,13 @@ class Seat(nn.Module):
         """Whether the kernel was made for such an output; modules may be called with several."""
         rank = host.dim()
         dim = self.chunk.channel_dim(rank)
-        return host.shape[dim] == self.chunk.channels and self._rank in (2, rank)
+        return host.shape[dim] == self.chunk.channels and (
+            rank == self._rank or self.serves_rows(rank)
+        )
+
+    def serves_rows(self, rank: int) -> bool:
+        """Whether the kernel takes outputs of that rank as rows of channels."""
+        return self.chunk.channel_dim(rank) == rank - 1 and self._rank in (2, rank)
 
     def run(self, inp: Tensor, host: Tensor) -> Tensor | None:
         """Return ``out``, or None if the kernel raises: the host's output goes on without it."""
