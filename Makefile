@@ -22,7 +22,7 @@ $(VENV)/.tools: constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(BUILD_FILES)
-	$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev,demo]"
+	$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev,demo,compat]"
 	touch $@
 
 build: $(VENV)/.tools

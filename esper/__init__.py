@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esper.kasmina.export import export
     from esper.kasmina.layer import KasminaLayer
     from esper.kasmina.model import MorphableModel, unwrap, wrap
+    from esper.kasmina.site_types import register_site
     from esper.oona import Oona
     from esper.pipeline import Pipeline
     from esper.tamiyo import Tamiyo
@@ -33,6 +34,7 @@ _HOMES = {
     "Urabrask": "esper.urabrask",
     "Urza": "esper.urza",
     "export": "esper.kasmina.export",
+    "register_site": "esper.kasmina.site_types",
     "unwrap": "esper.kasmina.model",
     "wrap": "esper.kasmina.model",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "Urabrask",
     "Urza",
     "export",
+    "register_site",
     "unwrap",
     "wrap",
 ]

@@ -139,14 +139,18 @@ class SiteSignature(Contract):
 
     ``inp_shape`` and ``act_shape`` hold ``None`` where any size is allowed (batch, height, ...).
     ``act_shape`` is the shape of the seed's chunk of the layer's output, ``channel_dim`` the
-    dimension of ``act`` that was divided among the seeds (non-negative). The convolution fields
-    are empty for other hosts.
+    dimension of ``act`` that was divided among the seeds (non-negative), ``batch_dim`` that of the
+    samples. With ``shares_positions`` the input has the positions of ``act`` and differs from it in
+    its channels only; a convolution's geometry tells how its positions correspond. The convolution
+    fields are empty for other hosts.
     """
 
     host: str
     inp_shape: tuple[int | None, ...]
     act_shape: tuple[int | None, ...]
     channel_dim: int = Field(ge=0)
+    batch_dim: int = Field(default=0, ge=0)
+    shares_positions: bool = True
     kernel_size: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
@@ -160,11 +164,10 @@ class SiteSignature(Contract):
 
     @property
     def inp_channels(self) -> int:
-        """Size of the input's feature dimension: the last one, or 1 for convolution-like hosts."""
-        dim = 1 if len(self.inp_shape) > 3 or self.kernel_size else len(self.inp_shape) - 1
-        channels = self.inp_shape[dim]
-        assert channels is not None
-        return channels
+        """Size of the input's channel dimension; of ``act``'s where the input has none."""
+        alike = len(self.inp_shape) == len(self.act_shape)
+        channels = self.inp_shape[self.channel_dim] if alike else None
+        return channels or self.act_channels
 
     @model_validator(mode="after")
     def _channel_dim_has_a_size(self) -> "SiteSignature":

@@ -187,7 +187,7 @@ class Clashing(nn.Linear):
 
 REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no module": (lambda: esper.wrap(3), TypeError, "expects a torch.nn.Module, got int"),
-    "no sites": (lambda: esper.wrap(nn.Dropout()), ValueError, "Dropout has no layer that can"),
+    "no sites": (lambda: esper.wrap(nn.Flatten()), ValueError, "Flatten has no layer that can"),
     "no seeds": (
         lambda: esper.wrap(mlp(), seeds_per_layer=0),
         ValueError,
@@ -195,7 +195,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "half a seed": (lambda: esper.wrap(mlp(), seeds_per_layer=1.5), TypeError, "got 1.5"),
     "unknown name": (lambda: esper.wrap(mlp(), ["9"]), ValueError, "Layer 9 not found"),
-    "no site": (lambda: esper.wrap(cnn(), ["1"]), ValueError, "Layer 1 is a BatchNorm2d"),
+    "no site": (lambda: esper.wrap(cnn(), [""]), ValueError, "Layer '' is a Sequential, which"),
     "one string": (lambda: esper.wrap(mlp(), "0"), TypeError, "must be a list of names"),
     "wrapped": (lambda: esper.wrap(esper.wrap(mlp())), ValueError, "already wrapped"),
     "wrapped inside": (

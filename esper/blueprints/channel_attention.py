@@ -21,7 +21,9 @@ class ChannelAttention(SiteModule):
         super().__init__(site)
         rank, channels = len(site.act_shape), source_channels(site)
         self.from_inp = channels is not None
-        self.positions = [dim for dim in range(1, rank) if dim != site.channel_dim]
+        self.positions = [
+            dim for dim in range(rank) if dim not in (site.batch_dim, site.channel_dim)
+        ]
         hidden = max(1, site.act_channels // reduction)
         self.down = nn.Linear(channels or site.act_channels, hidden)
         self.up = zeroed(nn.Linear(hidden, site.act_channels))

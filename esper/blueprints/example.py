@@ -17,10 +17,11 @@ def example_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(inp, act)`` on the CPU, standard normal, of the shapes that the host would give.
 
-    The first free dimension is the batch. An embedding's input is zeros of int64.
+    An embedding's input is zeros of int64. Where positions of ``inp`` and ``act`` do not correspond
+    their sizes differ, so that a design that maps one onto the other fails.
     """
     inp_shape = _inp_shape(site, batch_size)
-    act_shape = _act_shape(site, inp_shape)
+    act_shape = _act_shape(site, inp_shape, batch_size)
     act = torch.randn(act_shape, generator=generator).to(getattr(torch, dtype))
     if takes_indices(site):
         return torch.zeros(inp_shape, dtype=torch.int64), act
@@ -36,15 +37,19 @@ def _inp_shape(site: SiteSignature, batch_size: int) -> tuple[int, ...]:
     free = [dim for dim, size in enumerate(site.inp_shape) if size is None]
     # Sizes differ from each other, lest a graph take two dimensions for one.
     sizes = {dim: _FREE_SIZE + dim + _reach(site, _spatial(site, dim)) for dim in free}
-    sizes |= dict.fromkeys(free[:1], batch_size)
+    sizes[site.batch_dim] = batch_size
     return tuple(sizes[dim] if size is None else size for dim, size in enumerate(site.inp_shape))
 
 
-def _act_shape(site: SiteSignature, inp_shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(
-        _convolved(site, _spatial(site, dim), inp_shape[dim]) if size is None else size
-        for dim, size in enumerate(site.act_shape)
-    )
+def _act_shape(site: SiteSignature, inp_shape: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
+    def size_of(dim: int) -> int:
+        if dim == site.batch_dim:
+            return batch_size
+        if site.kernel_size or site.shares_positions:
+            return _convolved(site, _spatial(site, dim), inp_shape[dim])
+        return _FREE_SIZE + len(inp_shape) + dim
+
+    return tuple(size_of(dim) if size is None else size for dim, size in enumerate(site.act_shape))
 
 
 def _spatial(site: SiteSignature, dim: int) -> int:

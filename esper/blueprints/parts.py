@@ -55,13 +55,9 @@ def source_channels(site: SiteSignature) -> int | None:
         return None
     if site.kernel_size:
         return site.inp_shape[1]
-    if _without_channels(site.inp_shape, site) != _without_channels(site.act_shape, site):
+    if not site.shares_positions or len(site.inp_shape) != len(site.act_shape):
         return None
     return site.inp_shape[site.channel_dim]
-
-
-def _without_channels(shape: tuple[int | None, ...], site: SiteSignature) -> list[int | None]:
-    return [size for dim, size in enumerate(shape) if dim != site.channel_dim]
 
 
 def pointwise(

@@ -9,9 +9,9 @@ from esper.contracts import SiteSignature
 
 
 class SelfAttention(SiteModule):
-    """``act + out(attention(qkv(inp)))`` on (B, T, C), without a mask and without positions."""
+    """``act + out(attention(qkv(inp)))`` on (N, T, C), without a mask and without positions."""
 
-    needs = "an output of rank 3 with channels last"
+    needs = "an output of rank 3 with channels last and samples first"
 
     def __init__(self, site: SiteSignature, *, heads: int = 4, head_dim: int = 8) -> None:
         super().__init__(site)
@@ -21,7 +21,7 @@ class SelfAttention(SiteModule):
 
     @staticmethod
     def fits(site: SiteSignature) -> bool:
-        return len(site.act_shape) == 3 and is_channels_last(site)
+        return len(site.act_shape) == 3 and is_channels_last(site) and site.batch_dim == 0
 
     def forward(self, inp: Tensor, act: Tensor) -> Tensor:
         q, k, v = (self._heads(x) for x in self.qkv(inp, act).chunk(3, dim=-1))
@@ -30,5 +30,5 @@ class SelfAttention(SiteModule):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * head_dim) to (B, heads, T, head_dim)."""
+        """(N, T, heads * head_dim) to (N, heads, T, head_dim)."""
         return torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2)

@@ -13,7 +13,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -34,6 +34,7 @@ from esper.errors import EsperError
 from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.enrollment import Enrollment
+from esper.kasmina.handles import LayerHandles
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource
@@ -60,14 +61,16 @@ class Kasmina:
         sites: dict[str, tuple[nn.Module, SiteType]],
         settings: SeedSettings,
         device: torch.device,
+        aliases: Mapping[str, str],
     ) -> None:
         self.settings = settings
         self.bank = SeedBank(len(sites) * settings.seeds_per_layer, device)
         self.cache = KernelCache(settings.cache_capacity_bytes)
-        self.layers = {
+        handles = {
             name: KasminaLayer(self, name, module, kind, number * settings.seeds_per_layer)
             for number, (name, (module, kind)) in enumerate(sites.items())
         }
+        self.layers = LayerHandles(handles, aliases)
         self.epoch = 0
         self.step_count = 0
         self.next_due = settings.observe_every if settings.telemetry_enabled else _NEVER

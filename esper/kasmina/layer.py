@@ -84,9 +84,9 @@ class KasminaLayer:
         self.kasmina = kasmina
         self.name = name
         self.default_transform = module
-        self.host_name = type(module).__name__
+        self.host_name = kind.host
         self.kind = kind
-        self.shapes = declared_shapes(module, kind)
+        self.shapes = declared_shapes(kind)
         self.first_seed = first_seed
         self._shown = False  # shapes are from a forward, not from the module's attributes
         self._shown_dtype = torch.get_default_dtype()
@@ -144,13 +144,7 @@ class KasminaLayer:
     def site(self, seed_idx: int) -> SiteSignature:
         """Return what a kernel for this seed must fit. Any thread."""
         self.check_seed(seed_idx)
-        return signature(
-            self.default_transform,
-            self.host_name,
-            self.kind,
-            self._known_shapes(),
-            self.chunk(seed_idx)[1],
-        )
+        return signature(self.kind, self._known_shapes(), self.chunk(seed_idx)[1])
 
     # ------------------------------------------------------------------ loading
 
@@ -328,13 +322,14 @@ class KasminaLayer:
         """Give the layer the class that it has when it is not observed."""
         morph.lend_class(self.default_transform)
 
-    def observe(self, inp: Tensor, out: Tensor, timer: morph.DeviceTimer) -> None:
+    def observe(self, inp: Tensor | None, out: Tensor | None, timer: morph.DeviceTimer) -> None:
         """Take in one forward: shapes the first time, statistics on observed training steps.
 
         Watching must not disturb what is watched: whatever goes wrong is logged once per layer.
         """
         try:
-            if out.is_floating_point() and out.dim() > 1:
+            inp, out = self._one_tensor_each(inp, out)
+            if out.dim() > 1:
                 self._learn_shapes(inp, out)
                 self._take_statistics(out, timer)
         except Exception as error:
@@ -344,10 +339,20 @@ class KasminaLayer:
         if not self.kasmina.observing:
             self.rest()
 
+    def _one_tensor_each(self, inp: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        if inp is None or out is None:
+            raise TypeError(
+                f"seeds need a {self.host_name} whose first input is a tensor, and whose output, "
+                "or the first element of it, is a floating-point tensor"
+            )
+        return inp, out
+
     def _learn_shapes(self, inp: Tensor, out: Tensor) -> None:
         """Take the first forward's shapes for good: kernels are made for them."""
         shapes = observed_shapes(self.kind, inp, out)
-        if self._shown or (self.shapes is not None and self.shapes.channels != shapes.channels):
+        if self._shown or shapes is None:
+            return
+        if self.shapes is not None and self.shapes.channels != shapes.channels:
             return
         self._shown = True
         self.shapes = shapes
@@ -451,7 +456,7 @@ class KasminaLayer:
         if self.shapes is None:
             raise EsperError(
                 f"layer '{self.name}' ({self.host_name}) has shown no output yet, so its width is "
-                "unknown; run one forward first"
+                f"unknown; {self._trouble or 'run one forward first'}"
             )
         return self.shapes
 

@@ -91,5 +91,6 @@ def flattened(site: SiteSignature) -> SiteSignature:
             "inp_shape": (None, site.inp_shape[-1]),
             "act_shape": (None, site.act_shape[-1]),
             "channel_dim": 1,
+            "batch_dim": 0,
         }
     )

@@ -5,8 +5,7 @@ FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
 import threading
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +17,10 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import OCCUPIED
 from esper.kasmina.loader import KernelSource
 from esper.kasmina.morph import WRAPPED_FROM, copy_module, made_once, reduce_to_own_class
-from esper.kasmina.site import SiteType, site_type, site_type_names
+from esper.kasmina.selection import Targets, aliases, find_sites
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _KASMINA = "_esper_kasmina"
 
@@ -34,7 +36,7 @@ class MorphableModel(nn.Module):
 
     @property
     def kasmina_layers(self) -> dict[str, KasminaLayer]:
-        """Handles of all layers that carry seeds, by FQN."""
+        """Handles of all layers that carry seeds, by FQN; a shared layer's by each of its FQNs."""
         return self.kasmina.layers
 
     def connect(self, library: KernelSource) -> None:
@@ -61,6 +63,17 @@ class MorphableModel(nn.Module):
         Raises ``ValueError`` for an unknown layer, a seed index or an alpha out of range.
         """
         return await self.kasmina.layer(layer_name).load_kernel(seed_idx, artifact_id, alpha=alpha)
+
+    def print_seeds(self, console: "Console | None" = None) -> None:
+        """Print a table of the layers that carry seeds: type, width, seeds and their states.
+
+        Reads the mirror of the seed bank, so it does not synchronise with the device.
+        """
+        from rich.console import Console
+
+        from esper.kasmina.overview import seed_table
+
+        (console or Console()).print(seed_table(self.kasmina_layers))
 
     def step(self) -> None:
         """Apply what is due between two steps. Call it after ``optimizer.step()``.
@@ -109,7 +122,7 @@ class MorphableModel(nn.Module):
 
 def wrap(
     net: nn.Module,
-    target_layers: Iterable[str | type[nn.Module]] | None = None,
+    target_layers: Targets | None = None,
     *,
     seeds_per_layer: int = 4,
     telemetry_enabled: bool = True,
@@ -117,13 +130,20 @@ def wrap(
 ) -> MorphableModel:
     """Plant dormant seeds on the layers of ``net``, in place, and return it as MorphableModel.
 
-    ``target_layers`` names layers by FQN or by type; by default every Linear, Conv2d, ReLU, GELU,
-    Tanh and Sigmoid gets seeds. While they are dormant, outputs, gradients and ``state_dict()``
-    are bit-identical to the unwrapped model's, and the layers run the very same code.
-    ``settings`` replaces all other options at once.
+    By default linear layers, convolutions, activations, norms, embeddings, attention and recurrent
+    layers get seeds; docs/compatibility.md lists the types, and :func:`register_site` adds others.
+    ``target_layers`` is a list of FQNs, patterns over FQNs (``"encoder.*.linear1"``; ``*`` also
+    matches dots), module types and predicates ``(name, module) -> bool``, or one predicate. A FQN
+    plants seeds on any layer that can carry them; the others on the layers by default among their
+    matches, or, if there are none, on those that carry seeds only where they are named, such as
+    dropout, pooling and Transformer layers. A module that the model holds under several names has
+    one set of seeds. While the seeds are dormant, outputs, gradients and ``state_dict()`` are
+    bit-identical to the unwrapped model's, and the layers run the very same code. ``settings``
+    replaces all other options at once.
 
-    Raises ``TypeError`` if ``net`` is no module, ``ValueError`` if it is already wrapped, has no
-    layer that can carry seeds, or an option is out of range. A refused call changes nothing.
+    Raises ``TypeError`` if ``net`` is no module or a target nothing of that kind, ``ValueError`` if
+    the model is already wrapped, has no layer that can carry seeds, a target matches none, or an
+    option is out of range. A refused call changes nothing.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"esper.wrap expects a torch.nn.Module, got {type(net).__name__}")
@@ -139,8 +159,8 @@ def wrap(
             seeds_per_layer=seeds_per_layer, telemetry_enabled=telemetry_enabled
         )
     _check_names_are_free(net)
-    sites = _find_sites(net, target_layers)
-    kasmina = Kasmina(sites, settings, _device_of(net))
+    sites = find_sites(net, target_layers)
+    kasmina = Kasmina(sites, settings, _device_of(net), aliases(net, sites))
     net.__dict__[_KASMINA] = kasmina
     net.__class__ = _morphable_class(type(net))
     kasmina.plant()
@@ -189,54 +209,6 @@ def _check_names_are_free(net: nn.Module) -> None:
         raise ValueError(
             f"{type(net).__name__} has attributes that a MorphableModel needs: {', '.join(taken)}"
         )
-
-
-def _find_sites(
-    net: nn.Module, target_layers: Iterable[str | type[nn.Module]] | None
-) -> dict[str, tuple[nn.Module, SiteType]]:
-    modules = dict(net.named_modules())
-    wanted = modules if target_layers is None else _select(modules, target_layers)
-    sites = {
-        name: (module, kind)
-        for name, module in wanted.items()
-        if (kind := site_type(module)) is not None
-    }
-    if not sites and target_layers is not None:
-        raise ValueError(
-            f"target_layers selects no layer of {type(net).__name__} that can carry seeds"
-        )
-    if not sites:
-        raise ValueError(
-            f"{type(net).__name__} has no layer that can carry seeds "
-            f"(those that can: {', '.join(site_type_names())})"
-        )
-    return sites
-
-
-def _select(
-    modules: dict[str, nn.Module], target_layers: Iterable[str | type[nn.Module]]
-) -> dict[str, nn.Module]:
-    """Return the modules that are named, or whose type is; every name must be a site."""
-    if isinstance(target_layers, str | type):
-        raise TypeError(f"target_layers must be a list of names or types, got {target_layers!r}")
-    selected = {}
-    for target in target_layers:
-        if isinstance(target, str):
-            selected[target] = _named_site(modules, target)
-        else:
-            selected |= {name: m for name, m in modules.items() if type(m) is target}
-    return {name: modules[name] for name in modules if name in selected}
-
-
-def _named_site(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    if name not in modules:
-        raise ValueError(f"Layer {name} not found")
-    if site_type(modules[name]) is None:
-        raise ValueError(
-            f"Layer {name} is a {type(modules[name]).__name__}, which cannot carry seeds "
-            f"(those that can: {', '.join(site_type_names())})"
-        )
-    return modules[name]
 
 
 def _device_of(net: nn.Module) -> torch.device:

@@ -17,8 +17,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from esper.errors import EsperError
+from esper.kasmina.ragged import Batch, as_batch, padded, rows, unpadded
 from esper.kasmina.seats import SEATS, seats_of
 
 Derive = Callable[[type[nn.Module]], type[nn.Module]]
@@ -92,11 +94,28 @@ def own_class(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the layer's input: its first argument, positional or named."""
-    inp = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(inp, Tensor)
-    return inp
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
+    """Return the layer's input: its first argument, positional or named, if that is a tensor."""
+    return as_batch(args[0] if args else next(iter(kwargs.values()), None))
+
+
+def first_output(out: Any) -> Batch | None:
+    """Return the output that carries seeds: the first of several, if it is floating-point."""
+    several = isinstance(out, tuple) and out and not isinstance(out, PackedSequence)
+    host = as_batch(out[0] if several else out)
+    return host if host is not None and _data(host).is_floating_point() else None
+
+
+def with_first_output(out: Any, blended: Batch) -> Any:
+    """Return a layer's output with ``blended`` in the place of its first tensor."""
+    if not isinstance(out, tuple) or isinstance(out, PackedSequence):
+        return blended
+    outputs = (blended, *out[1:])
+    return type(out)(*outputs) if hasattr(out, "_fields") else outputs
+
+
+def _data(batch: Batch) -> Tensor:
+    return batch.data if isinstance(batch, PackedSequence) else batch
 
 
 @made_once
@@ -105,15 +124,24 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
     host_forward = host.forward
     leaves_its_output = host_forward in _LEAVING_THEIR_OUTPUT
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seats = seats_of(self)
-        if seats is None:  # culled, under a class that somebody has put on top of this one
-            return cast(Tensor, host_forward(self, *args, **kwargs))
-        inp = first_tensor(args, kwargs)
-        if _may_change(self, inp):
+        inp = first_input(args, kwargs)
+        # Without seats: culled, under a class that somebody has put on top of this one.
+        if seats is None or inp is None:
+            return host_forward(self, *args, **kwargs)
+        if isinstance(inp, Tensor) and _may_change(self, inp):
             inp = inp.clone()
-        out: Tensor = host_forward(self, *args, **kwargs)
-        return seats.apply_to(inp, out, leaves_its_output and _is_simple(out))
+        out = host_forward(self, *args, **kwargs)
+        host = first_output(out)
+        if host is None:
+            return out
+        if isinstance(host, Tensor) and isinstance(inp, Tensor) and not host.is_nested:
+            in_place = leaves_its_output and _is_simple(host)
+            return with_first_output(out, seats.apply_to(inp, host, in_place))
+        batch_first = getattr(self, "batch_first", True)
+        blended = seats.apply_to(padded(inp, batch_first), padded(host, batch_first), False)
+        return with_first_output(out, unpadded(blended, host, batch_first))
 
     return _subclass(host, "Active", forward)
 
@@ -158,14 +186,16 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``host`` that reports each forward to the module's observer."""
     host_forward = host.forward
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         observer = self.__dict__.get(OBSERVER)
-        if observer is None:
-            return cast(Tensor, host_forward(self, *args, **kwargs))
-        timer = DeviceTimer(first_tensor(args, kwargs).device)
-        out: Tensor = host_forward(self, *args, **kwargs)
+        inp = first_input(args, kwargs)
+        if observer is None or (isinstance(inp, Tensor) and inp.is_nested):
+            return host_forward(self, *args, **kwargs)
+        timer = DeviceTimer(observer.device)
+        out = host_forward(self, *args, **kwargs)
         timer.stop()
-        observer.observe(first_tensor(args, kwargs), out, timer)
+        host = first_output(out)
+        observer.observe(rows(inp), rows(host), timer)
         return out
 
     return _subclass(host, "Observing", forward)

@@ -1,98 +1,40 @@
-"""Which modules can carry seeds, and what a kernel there has to look like.
+"""What a site is: a host layer that carries seeds, and what a kernel there has to look like.
 
-A site is a host module with one floating-point tensor as output. Its output's channels are
-divided among the seeds in contiguous chunks. Shapes that the module itself does not tell (the
-rank of a Linear's input, the width of an activation) are learned from the first forward.
+A site is a host module whose output, or the first element of it, is a floating-point tensor. Its
+channels are divided among the seeds in contiguous chunks. Shapes that the module itself does not
+tell (the rank of a Linear's input, the width of an activation) are learned from the first forward.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.contracts import SiteSignature
 
 ChannelDim = Callable[[int], int]  # rank of the output -> channel dimension, non-negative
 Shape = tuple[int | None, ...]
-
-
-def _last(rank: int) -> int:
-    return rank - 1
-
-
-def _convolution_like(rank: int) -> int:
-    """(N, C), (N, T, C) and (C,) put channels last; (N, C, H, W) and more put them second."""
-    return 1 if rank >= 4 else rank - 1
-
-
-def _second(rank: int) -> int:
-    return 1
+Geometry = Mapping[str, tuple[int, ...]]  # the convolution fields of a SiteSignature
 
 
 @dataclass(frozen=True)
 class SiteType:
-    """How to read a module type: where its channels are, and what it tells before a forward."""
+    """How to read one module: where its channels are, and what it tells before a forward.
 
-    channel_dim: ChannelDim
-    declared: Callable[[Any], tuple[Shape, Shape]] | None = None  # -> shapes of inp and output
-    geometry: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
-    accepts: Callable[[Any], bool] = lambda _: True
-
-
-def _linear_shapes(module: nn.Linear) -> tuple[Shape, Shape]:
-    return (None, module.in_features), (None, module.out_features)
-
-
-def _conv2d_shapes(module: nn.Conv2d) -> tuple[Shape, Shape]:
-    return (None, module.in_channels, None, None), (None, module.out_channels, None, None)
-
-
-def _same_padding(module: nn.Conv2d) -> list[int]:
-    return [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-
-
-def _is_padded_alike_on_both_sides(module: nn.Conv2d) -> bool:
-    return module.padding != "same" or all(total % 2 == 0 for total in _same_padding(module))
-
-
-def _conv2d_geometry(module: nn.Conv2d) -> dict[str, tuple[int, ...]]:
-    padding = module.padding
-    if isinstance(padding, str):
-        padding = tuple(p // 2 if padding == "same" else 0 for p in _same_padding(module))
-    return {
-        "kernel_size": tuple(module.kernel_size),
-        "stride": tuple(module.stride),
-        "padding": tuple(padding),
-        "dilation": tuple(module.dilation),
-    }
-
-
-_SITE_TYPES: dict[type[nn.Module], SiteType] = {
-    nn.Linear: SiteType(_last, _linear_shapes),
-    # An even kernel with "same" padding has more on one side, which no geometry of ours tells.
-    nn.Conv2d: SiteType(
-        _second, _conv2d_shapes, _conv2d_geometry, accepts=_is_padded_alike_on_both_sides
-    ),
-    nn.ReLU: SiteType(_convolution_like),
-    nn.GELU: SiteType(_convolution_like),
-    nn.Tanh: SiteType(_convolution_like),
-    nn.Sigmoid: SiteType(_convolution_like),
-}
-
-
-def site_type(module: nn.Module) -> SiteType | None:
-    """Return how to read ``module``, by its exact type, or None if it can carry no seeds.
-
-    Subclasses do not inherit: what their forward returns is not known here.
+    ``host`` names the class whose forward runs, which for lazy, parametrized and derived modules is
+    not the class of the module. ``declared`` holds the shapes of input and output as far as the
+    module's attributes tell them. ``shares_positions``: output and input differ in their channels
+    only, so that a kernel can map one onto the other.
     """
-    kind = _SITE_TYPES.get(type(module))
-    return kind if kind is not None and kind.accepts(module) else None
 
-
-def site_type_names() -> list[str]:
-    return sorted(host.__name__ for host in _SITE_TYPES)
+    host: str
+    channel_dim: ChannelDim
+    by_default: bool = True
+    declared: tuple[Shape, Shape] | None = None
+    geometry: Geometry = field(default_factory=dict)
+    batch_dim: int = 0
+    shares_positions: bool = True
 
 
 def chunk_bounds(channels: int, num_seeds: int) -> list[tuple[int, int]]:
@@ -111,6 +53,7 @@ class SiteShapes:
     inp: Shape
     out: Shape
     channel_dim: int
+    shares_positions: bool
 
     @property
     def channels(self) -> int:
@@ -119,37 +62,61 @@ class SiteShapes:
         return channels
 
 
-def declared_shapes(module: nn.Module, kind: SiteType) -> SiteShapes | None:
+def declared_shapes(kind: SiteType) -> SiteShapes | None:
     """Return what the module's own attributes tell, or None if a forward has to be seen first."""
     if kind.declared is None:
         return None
-    inp, out = kind.declared(module)
-    return SiteShapes(inp, out, kind.channel_dim(len(out)))
+    inp, out = kind.declared
+    return SiteShapes(inp, out, kind.channel_dim(len(out)), kind.shares_positions)
 
 
-def observed_shapes(kind: SiteType, inp: Tensor, out: Tensor) -> SiteShapes:
-    """Read the shapes off one forward: feature sizes are kept, batch and space stay open."""
+def observed_shapes(kind: SiteType, inp: Tensor, out: Tensor) -> SiteShapes | None:
+    """Read the shapes off one forward: feature sizes are kept, batch and space stay open.
 
-    def keep(shape: torch.Size, dim: int) -> Shape:
-        return tuple(size if d == dim else None for d, size in enumerate(shape))
-
+    Returns None for a call without a batch, such as a Conv2d's on (C, H, W): no kernel is made for
+    those. Raises ``ValueError`` if the output has no such dimension as ``kind`` says.
+    """
     channel_dim = kind.channel_dim(out.dim())
+    if not 0 <= channel_dim < out.dim():
+        raise ValueError(
+            f"the channel dimension is said to be {channel_dim}, but the output of {kind.host} "
+            f"has shape {tuple(out.shape)}"
+        )
+    if channel_dim == kind.batch_dim:
+        return None
+    alike = inp.is_floating_point() and inp.dim() == out.dim()
+    shares = (
+        kind.shares_positions
+        and alike
+        and _positions(inp, channel_dim) == _positions(out, channel_dim)
+    )
     return SiteShapes(
-        keep(inp.shape, kind.channel_dim(inp.dim())), keep(out.shape, channel_dim), channel_dim
+        _keep(inp, channel_dim if alike else None),
+        _keep(out, channel_dim),
+        channel_dim,
+        shares_positions=bool(kind.geometry) or shares,  # a geometry tells where positions go
     )
 
 
-def signature(
-    module: nn.Module, host: str, kind: SiteType, shapes: SiteShapes, length: int
-) -> SiteSignature:
+def _keep(tensor: Tensor, kept_dim: int | None) -> Shape:
+    return tuple(size if dim == kept_dim else None for dim, size in enumerate(tensor.shape))
+
+
+def _positions(tensor: Tensor, channel_dim: int) -> torch.Size:
+    return tensor.shape[:channel_dim] + tensor.shape[channel_dim + 1 :]
+
+
+def signature(kind: SiteType, shapes: SiteShapes, length: int) -> SiteSignature:
     """Return what a kernel for a chunk of ``length`` channels of this layer must fit."""
     act = tuple(
         length if dim == shapes.channel_dim else size for dim, size in enumerate(shapes.out)
     )
     return SiteSignature(
-        host=host,
+        host=kind.host,
         inp_shape=shapes.inp,
         act_shape=act,
         channel_dim=shapes.channel_dim,
-        **(kind.geometry(module) if kind.geometry else {}),
+        batch_dim=kind.batch_dim if len(act) > 2 else 0,
+        shares_positions=shapes.shares_positions,
+        **kind.geometry,
     )

@@ -1,0 +1,98 @@
+"""Every module of torch.nn, called as PyTorch's own tests call it, in a wrapped model."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("expecttest", reason="PyTorch's module database needs expecttest ([compat])")
+
+from compat_cases import (
+    NO_SEEDS,
+    NOT_CALLABLE,
+    Case,
+    Holder,
+    module_cases,
+    module_names,
+)
+from compat_checks import (
+    DoesNotApplyError,
+    active,
+    culled,
+    dormant_gradients,
+    dormant_identical,
+)
+
+from esper.kasmina.site_types import site_type
+
+pytestmark = [
+    # Modules warn of what they are about to deprecate, of slow paths and of odd arguments.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.timeout(300),
+]
+
+CALLABLE_NAMES = module_names()
+
+
+@functools.cache
+def cases(name: str) -> list[Case]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return module_cases(name)
+
+
+def test_no_module_of_torch_nn_is_left_out() -> None:
+    everything = {
+        f"nn.{name}"
+        for name, value in vars(nn).items()
+        if isinstance(value, type) and issubclass(value, nn.Module)
+    }
+    assert everything == {*CALLABLE_NAMES, *NOT_CALLABLE}
+
+
+def test_all_but_the_exceptions_can_carry_seeds() -> None:
+    without = {name for name in CALLABLE_NAMES if site_type(cases(name)[0].build().subject) is None}
+    assert without == {*NO_SEEDS}
+
+
+@pytest.mark.parametrize("name", CALLABLE_NAMES)
+def test_a_module_with_dormant_seeds_is_bit_identical(name: str) -> None:
+    for case in cases(name):
+        dormant_identical(case)
+        dormant_gradients(case)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLABLE_NAMES if name not in NO_SEEDS])
+def test_a_kernel_on_a_module_learns_and_leaves_it_as_it_was(name: str) -> None:
+    for case in cases(name):
+        try:
+            active(case)
+        except DoesNotApplyError:  # called without a batch, as all modules are for some cases
+            continue
+        culled(case)
+        return
+    pytest.fail(f"no kernel ran on {name} in any of {len(cases(name))} cases")
+
+
+class Counting(nn.Linear):
+    """Another output at each call, as of a layer that is not left alone."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counting.calls += 1
+        return super().forward(x) * Counting.calls
+
+
+@pytest.mark.parametrize(
+    ("check", "what"), [(dormant_identical, "outputs"), (dormant_gradients, "gradients")]
+)
+def test_the_checks_see_a_difference(check: Callable[[Case], None], what: str) -> None:
+    [case] = cases("nn.LazyLinear")
+    broken = dataclasses.replace(case, build=lambda: Holder(Counting(8, 6)))
+    with pytest.raises(AssertionError, match=f"{what} 0 of"):
+        check(broken)
