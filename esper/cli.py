@@ -1,8 +1,9 @@
-"""The command line: ``esper demo``."""
+"""The command line: ``esper demo``, ``esper audit``."""
 
 import argparse
 
 import esper.demo as demo
+import esper.urza.commands as audit
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -14,5 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     demo_parser = commands.add_parser("demo", help="grow a narrow network on real data")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.main)
+    audit_parser = commands.add_parser("audit", help="check the audit log of a library")
+    audit.add_arguments(audit_parser)
+    audit_parser.set_defaults(run=audit.main)
     options = parser.parse_args(argv)
     options.run(options)

@@ -206,6 +206,19 @@ class Blueprint(Contract):
         return self.digest()
 
 
+class BlueprintRecord(Contract):
+    """A blueprint as the library knows it."""
+
+    blueprint_id: Sha256
+    blueprint: Blueprint
+    status: BlueprintStatus
+    log: str = ""  # of the last change of status
+    tamiyo_interest: float = Field(default=0.0, ge=0)  # how much the controller wants it
+    urabrask_interest: float = Field(default=0.0, ge=0)  # how much the evaluator wants it made anew
+    lease_owner: str | None = None  # the forge that is compiling it
+    lease_expires_at: float | None = None  # seconds since the Unix epoch
+
+
 class KernelManifest(Contract):
     """Names every byte of an artifact; ``artifact_id`` is its digest."""
 
@@ -246,6 +259,7 @@ class KernelRecord(Contract):
     risk_score: float | None = None
     statement: KernelStatement | None = None
     signature: str | None = None  # hexadecimal Ed25519 signature over statement.canonical()
+    archived: bool = False  # queries no longer find it
 
 
 class KernelBundle(Contract):

@@ -45,6 +45,10 @@ class AuditError(LibraryError):
     """The audit log's hash chain is broken; the message names the first bad row."""
 
 
+class LeaseError(LibraryError):
+    """The blueprint is leased to another forge, or to none."""
+
+
 class WorkerError(EsperError):
     """A child process of the pipeline crashed, hung or answered with an error."""
 

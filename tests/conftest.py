@@ -12,6 +12,8 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("esper", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("esper")
 
+pytest_plugins = ["urza_backends"]
+
 HAS_CUDA = torch.cuda.is_available()
 
 

@@ -1,22 +1,16 @@
 """The audit log: its chain breaks wherever somebody touched it."""
 
 import json
-import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from urza_backends import Place
 from urza_samples import blueprint, graph
 
+from esper.cli import main
 from esper.contracts import LifecycleEvent, SeedState, canonical_json
 from esper.errors import AuditError, LibraryError
 from esper.urza import GENESIS, AuditEntry, Urza
-
-
-@pytest.fixture
-def urza(tmp_path: Path) -> Iterator[Urza]:
-    with Urza(tmp_path) as library:
-        yield library
 
 
 @pytest.fixture
@@ -39,15 +33,10 @@ def record(urza: Urza, step: int) -> None:
     )
 
 
-def tamper(root: Path, *statements: str) -> None:
-    """Change the database behind the library's back, triggers and all."""
-    connection = sqlite3.connect(root / "library.sqlite")
-    with connection:
-        for verb in ("UPDATE", "DELETE"):
-            connection.execute(f"DROP TRIGGER IF EXISTS audit_log_refuses_{verb}")
+def tamper(place: Place, *statements: str) -> None:
+    with place.tampering() as connection:
         for statement in statements:
-            assert connection.execute(statement).rowcount > 0
-    connection.close()
+            assert connection.exec_driver_sql(statement).rowcount > 0
 
 
 def test_a_new_log_is_empty_and_holds(urza: Urza) -> None:
@@ -79,11 +68,12 @@ def test_a_lifecycle_event_is_kept_in_full(five: Urza) -> None:
 
 
 @pytest.mark.parametrize("statement", ["UPDATE audit_log SET actor = 'x'", "DELETE FROM audit_log"])
-def test_the_database_refuses_to_change_the_log(five: Urza, tmp_path: Path, statement: str) -> None:
-    connection = sqlite3.connect(tmp_path / "library.sqlite")
-    with pytest.raises(sqlite3.IntegrityError, match=r"^the audit log is append-only$"):
-        connection.execute(statement)
-    connection.close()
+def test_the_database_refuses_to_change_the_log(five: Urza, statement: str) -> None:
+    with (
+        pytest.raises(LibraryError, match=r": the audit log is append-only$"),
+        five._database.write() as connection,
+    ):
+        connection.exec_driver_sql(statement)
     assert five.audit.verify() == 5
 
 
@@ -97,27 +87,27 @@ def test_the_database_refuses_to_change_the_log(five: Urza, tmp_path: Path, stat
         "details = '{}'",
         f"previous_hash = '{'0' * 64}'",
         f"hash = '{'0' * 64}'",
-        "timestamp = 9e999",
+        "timestamp = '-Infinity'",
         "details = '{\"step\": 99999999999999999999}'",
     ],
 )
 @pytest.mark.parametrize("seq", [2, 5])
-def test_an_edited_row_is_named(five: Urza, tmp_path: Path, change: str, seq: int) -> None:
-    tamper(tmp_path, f"UPDATE audit_log SET {change} WHERE seq = {seq}")
+def test_an_edited_row_is_named(five: Urza, place: Place, change: str, seq: int) -> None:
+    tamper(place, f"UPDATE audit_log SET {change} WHERE seq = {seq}")
     with pytest.raises(AuditError, match=f"^audit log: row {seq} was edited, its hash does not"):
         five.audit.verify()
 
 
-def test_an_unreadable_row_is_named(five: Urza, tmp_path: Path) -> None:
-    tamper(tmp_path, "UPDATE audit_log SET details = '{' WHERE seq = 2")
+def test_an_unreadable_row_is_named(five: Urza, place: Place) -> None:
+    tamper(place, "UPDATE audit_log SET details = '{' WHERE seq = 2")
     with pytest.raises(AuditError, match=r"^audit log: row 2 cannot be read: "):
         five.audit.verify()
 
 
-def test_an_edited_row_with_a_fresh_hash_breaks_the_next_link(five: Urza, tmp_path: Path) -> None:
+def test_an_edited_row_with_a_fresh_hash_breaks_the_next_link(five: Urza, place: Place) -> None:
     forged = five.audit.entries()[1].model_copy(update={"actor": "tamiyo"})
     tamper(
-        tmp_path,
+        place,
         f"UPDATE audit_log SET actor = 'tamiyo', hash = '{forged.digest()}' WHERE seq = 2",
     )
     with pytest.raises(AuditError, match=r"^audit log: row 3 does not follow row 2, the chain is"):
@@ -125,17 +115,17 @@ def test_an_edited_row_with_a_fresh_hash_breaks_the_next_link(five: Urza, tmp_pa
 
 
 @pytest.mark.parametrize("seq", [1, 3])
-def test_a_deleted_row_is_named(five: Urza, tmp_path: Path, seq: int) -> None:
-    tamper(tmp_path, f"DELETE FROM audit_log WHERE seq = {seq}")
+def test_a_deleted_row_is_named(five: Urza, place: Place, seq: int) -> None:
+    tamper(place, f"DELETE FROM audit_log WHERE seq = {seq}")
     with pytest.raises(
         AuditError, match=f"^audit log: row {seq} is missing, row {seq + 1} stands in its place$"
     ):
         five.audit.verify()
 
 
-def test_swapped_rows_are_named(five: Urza, tmp_path: Path) -> None:
+def test_swapped_rows_are_named(five: Urza, place: Place) -> None:
     tamper(
-        tmp_path,
+        place,
         "UPDATE audit_log SET seq = -1 WHERE seq = 3",
         "UPDATE audit_log SET seq = 3 WHERE seq = 4",
         "UPDATE audit_log SET seq = 4 WHERE seq = -1",
@@ -144,9 +134,9 @@ def test_swapped_rows_are_named(five: Urza, tmp_path: Path) -> None:
         five.audit.verify()
 
 
-def test_an_inserted_row_is_named(five: Urza, tmp_path: Path) -> None:
+def test_an_inserted_row_is_named(five: Urza, place: Place) -> None:
     tamper(
-        tmp_path,
+        place,
         "UPDATE audit_log SET seq = 6 WHERE seq = 5",
         "INSERT INTO audit_log SELECT 5, timestamp, actor, event, subject, details, "
         "previous_hash, hash FROM audit_log WHERE seq = 1",
@@ -155,10 +145,12 @@ def test_an_inserted_row_is_named(five: Urza, tmp_path: Path) -> None:
         five.audit.verify()
 
 
-def test_truncation_shows_against_an_exported_head(five: Urza, tmp_path: Path) -> None:
+def test_truncation_shows_against_an_exported_head(
+    five: Urza, place: Place, tmp_path: Path
+) -> None:
     head = five.audit.export_jsonl(tmp_path / "audit.jsonl")
     assert five.audit.verify(expected_head=head) == 5
-    tamper(tmp_path, "DELETE FROM audit_log WHERE seq > 3")
+    tamper(place, "DELETE FROM audit_log WHERE seq > 3")
     assert five.audit.verify() == 3
     with pytest.raises(
         AuditError, match=f"^audit log: it ends at row 3 without the expected head {head}; "
@@ -190,19 +182,61 @@ def test_the_export_can_be_verified_without_the_library(five: Urza, tmp_path: Pa
     assert (len(lines), previous) == (5, head)
 
 
-def test_an_entry_is_written_with_its_change_or_not_at_all(five: Urza, tmp_path: Path) -> None:
-    refuse_audit_rows(tmp_path)
-    with pytest.raises(LibraryError, match=r"library\.sqlite: no more rows$"):
+def test_an_entry_is_written_with_its_change_or_not_at_all(
+    five: Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esper.urza.audit._last", lambda _: (4, GENESIS))  # a row that is there
+    with pytest.raises(LibraryError, match=r"(?i)^library .*unique"):
         five.submit_blueprint(blueprint(), graph("low_rank"))
+    monkeypatch.undo()
     assert five.blueprints() == []
     assert five.audit.verify() == 5
 
 
-def refuse_audit_rows(root: Path) -> None:
-    connection = sqlite3.connect(root / "library.sqlite")
-    with connection:
-        connection.execute(
-            "CREATE TRIGGER full BEFORE INSERT ON audit_log "
-            "BEGIN SELECT RAISE(ABORT, 'no more rows'); END"
-        )
-    connection.close()
+def test_the_command_verifies_and_prints_the_head(
+    five: Urza, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["audit", "head", place.url])
+    head = tmp_path / "head.txt"
+    head.write_text(capsys.readouterr().out)
+    assert head.read_text().strip() == five.audit.head()
+    record(five, 5)
+    main(["audit", "verify", place.url])
+    main(["audit", "verify", place.url, "--head", str(head)])
+    assert capsys.readouterr().out == "6 rows, the chain holds\n" * 2
+
+
+def test_the_command_names_what_is_wrong(five: Urza, place: Place, tmp_path: Path) -> None:
+    head = tmp_path / "head.txt"
+    head.write_text(five.audit.head())
+    tamper(place, "DELETE FROM audit_log WHERE seq > 3")
+    main(["audit", "verify", place.url])
+    with pytest.raises(SystemExit, match=r"^esper audit: audit log: it ends at row 3 without the"):
+        main(["audit", "verify", place.url, "--head", str(head)])
+    tamper(place, "UPDATE audit_log SET actor = 'x' WHERE seq = 2")
+    with pytest.raises(SystemExit, match=r"^esper audit: audit log: row 2 was edited"):
+        main(["audit", "verify", place.url])
+
+
+def test_the_command_takes_a_folder_or_the_environment_s_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Urza(tmp_path).close()
+    main(["audit", "verify", str(tmp_path)])
+    monkeypatch.setenv("URZA_URL", f"sqlite:///{tmp_path}/library.sqlite")
+    main(["audit", "verify"])
+    assert capsys.readouterr().out == "0 rows, the chain holds\n" * 2
+
+
+def test_the_command_makes_no_library(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^esper audit: no library .*none/library\.sqlite$"):
+        main(["audit", "verify", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^esper audit: name a library, or set URZA_URL$"):
+        main(["audit", "head"])
+    Urza(tmp_path / "library").close()
+    (tmp_path / "head.txt").write_text("../head")
+    with pytest.raises(SystemExit, match=r"^esper audit: an id is 64 lowercase hexadecimal"):
+        main(["audit", "verify", str(tmp_path / "library"), "--head", str(tmp_path / "head.txt")])
+    with pytest.raises(SystemExit, match=r"^esper audit: .*No such file or directory"):
+        main(["audit", "verify", str(tmp_path / "library"), "--head", str(tmp_path / "none")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head.txt", "library"]

@@ -11,22 +11,27 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event
+from urza_backends import Place
 from urza_samples import audited, field_report, judge, publish, submit
 
 from esper.contracts import BlueprintStatus
 from esper.errors import LibraryError
 from esper.urza import Urza
 
-SHARED, OWN = 5, 5
+SHARED, OWN = 3, 3
 
 
 def write(urza: Urza, writer: str) -> None:
-    """Write what every writer writes, and then what only this one does."""
+    """Write what every writer writes, and then what only this one does; then share the forging."""
     names = [f"shared{n}" for n in range(SHARED)] + [f"{writer}.{n}" for n in range(OWN)]
     for name in names:
         artifact_id = publish(urza, name)
         judge(urza, artifact_id)
         urza.record_field_report(field_report(artifact_id, name))
+        urza.archive(artifact_id)
+    while blueprint_id := urza.claim_blueprint(writer, lease_s=600):
+        urza.renew_lease(blueprint_id, writer, lease_s=600)
+        urza.set_blueprint_status(blueprint_id, BlueprintStatus.COMPILED, owner=writer)
 
 
 def check(urza: Urza, writers: int) -> None:
@@ -38,43 +43,44 @@ def check(urza: Urza, writers: int) -> None:
         "kernel.published": expected,
         "kernel.reported": expected,
         "adaptation.reported": expected,
+        "kernel.archived": expected,
+        "blueprint.status": 2 * expected,
     }
 
 
 @pytest.mark.timeout(120)
-def test_eight_threads(tmp_path: Path) -> None:
+def test_eight_threads(urza: Urza) -> None:
     barrier = Barrier(8)
 
     def work(writer: int) -> None:
         barrier.wait()
         write(urza, f"thread{writer}")
 
-    with Urza(tmp_path) as urza, ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-        check(urza, writers=8)
+    check(urza, writers=8)
 
 
-def open_and_write(root: Path, writer: int, barrier: Any) -> None:
-    barrier.wait(110)
-    with Urza(root) as urza:
+def open_and_write(place: Place, writer: int, barrier: Any) -> None:
+    barrier.wait(170)
+    with place.open() as urza:
         write(urza, f"process{writer}")
 
 
-@pytest.mark.timeout(120)
-def test_four_processes_that_also_create_the_library(tmp_path: Path) -> None:
+@pytest.mark.timeout(180)
+def test_eight_processes_that_also_create_the_library(place: Place) -> None:
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(4)
+    barrier = context.Barrier(8)
     children = [
-        context.Process(target=open_and_write, args=(tmp_path / "library", writer, barrier))
-        for writer in range(4)
+        context.Process(target=open_and_write, args=(place, writer, barrier)) for writer in range(8)
     ]
     for child in children:
         child.start()
     for child in children:
         child.join()
-    assert [child.exitcode for child in children] == [0] * 4
-    with Urza(tmp_path / "library") as urza:
-        check(urza, writers=4)
+    assert [child.exitcode for child in children] == [0] * 8
+    with place.open() as urza:
+        check(urza, writers=8)
 
 
 def test_a_library_is_opened_under_a_lock(tmp_path: Path) -> None:
@@ -98,7 +104,7 @@ def test_a_library_is_opened_under_a_lock(tmp_path: Path) -> None:
     assert refused == [True]
 
 
-def test_of_many_forges_one_gets_the_blueprint(tmp_path: Path) -> None:
+def test_of_many_forges_one_gets_the_blueprint(urza: Urza) -> None:
     barrier = Barrier(8)
 
     def claim(_: int) -> bool:
@@ -109,14 +115,14 @@ def test_of_many_forges_one_gets_the_blueprint(tmp_path: Path) -> None:
             return False
         return True
 
-    with Urza(tmp_path) as urza, ThreadPoolExecutor(8) as pool:
-        blueprint_id = submit(urza)
+    blueprint_id = submit(urza)
+    with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(claim, range(8))) == 1
 
 
-def test_a_reader_sees_one_instant_while_others_write(tmp_path: Path) -> None:
+def test_a_reader_sees_one_instant_while_others_write(urza: Urza) -> None:
     """Every edge of a lineage leads to nodes of that same lineage."""
-    with Urza(tmp_path) as urza, ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool:
         writers = [pool.submit(write, urza, f"thread{n}") for n in range(3)]
         lineages = [urza.lineage()]
         while not all(writer.done() for writer in writers):

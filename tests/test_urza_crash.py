@@ -22,15 +22,30 @@ def check(root: Path) -> int:
         return urza.audit.verify()
 
 
+def check_all(folder: Path, story: str) -> tuple[int, list[int]]:
+    """Tell a story, check what each crash left; return the entries of the whole and of the rest."""
+    subprocess.run([sys.executable, CHILD, "states", folder, story], check=True)
+    finished, *crashed = sorted(folder.iterdir(), key=lambda path: int(path.name))
+    return check(finished), [check(root) for root in crashed]
+
+
 @pytest.mark.timeout(300)
 def test_a_crash_in_any_state_of_the_disk_loses_nothing(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, CHILD, "states", tmp_path], check=True)
-    finished, *crashed = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
-    assert check(finished) == 5
-    lengths = [check(root) for root in crashed]
+    finished, lengths = check_all(tmp_path, "new")
+    assert finished == 9
     assert lengths == sorted(lengths), "a later crash must leave as much or more"
-    assert set(lengths) == {0, 1, 2, 3, 4, 5}
-    assert len(crashed) >= 20, "three blobs, a key, a schema and five commits take more steps"
+    assert set(lengths) == set(range(10))
+    assert len(lengths) >= 24, "four blobs, a key, a schema and nine commits take more steps"
+
+
+@pytest.mark.timeout(300)
+def test_a_crash_while_an_older_library_is_migrated_loses_nothing(tmp_path: Path) -> None:
+    finished, lengths = check_all(tmp_path, "older")
+    assert finished == 12
+    migrated = [length for length in lengths if length >= 11]
+    assert migrated == lengths[-len(migrated) :]
+    assert set(migrated) == {11, 12}
+    assert len(migrated) >= 5, "a migration, a blob and a commit take more steps"
 
 
 @pytest.mark.timeout(300)

@@ -2,12 +2,11 @@
 
 import json
 import math
-import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from urza_backends import Place, free_port, sqlite_place
 from urza_samples import (
     UNKNOWN,
     audited,
@@ -22,7 +21,7 @@ from urza_samples import (
     submit,
 )
 
-from esper.contracts import BlueprintStatus, KernelStatus, Outcome, SeedEvaluation
+from esper.contracts import BlueprintStatus, KernelStatus, Outcome, Pipeline, SeedEvaluation
 from esper.errors import (
     ArtifactIntegrityError,
     ArtifactNotFoundError,
@@ -35,23 +34,12 @@ UNVALIDATED, COMPILING, COMPILED, INVALID = BlueprintStatus
 PENDING, VALIDATED, REJECTED = KernelStatus
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "library"
-
-
-@pytest.fixture
-def urza(root: Path) -> Iterator[Urza]:
-    with Urza(root) as library:
-        yield library
-
-
-def test_a_library_is_found_again(root: Path) -> None:
-    with Urza(str(root)) as urza:
+def test_a_library_is_found_again(place: Place) -> None:
+    with place.open() as urza:
         artifact_id = publish(urza)
         judge(urza, artifact_id)
         head, key = urza.audit.head(), urza.trusted_key
-    with Urza(root) as urza:
+    with place.open() as urza:
         assert urza.trusted_key == key
         assert urza.audit.head() == head
         verify_bundle(urza.fetch_kernel(artifact_id), key)
@@ -69,15 +57,74 @@ def test_a_file_is_no_library(tmp_path: Path) -> None:
         Urza(file / "library")
 
 
-def test_the_key_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+def test_the_key_may_lie_elsewhere(tmp_path: Path) -> None:
+    root = tmp_path / "library"
     with Urza(root, key_path=tmp_path / "secrets" / "key.pem") as urza:
         assert urza.trusted_key == urza.evaluator_key.trusted()
     assert (tmp_path / "secrets" / "key.pem").exists()
     assert not (root / "keys").exists()
 
 
-def test_the_database_is_durable_and_checks_foreign_keys(urza: Urza) -> None:
-    with urza._database.read() as connection:
+def test_the_environment_says_where_the_parts_lie(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("URZA_URL", place.url)
+    monkeypatch.setenv("URZA_BLOBS", place.blobs)
+    monkeypatch.setenv("URZA_KEY", str(place.key_path))
+    with Urza() as urza:
+        artifact_id = publish(urza)
+    with Urza(tmp_path / "unused") as urza:  # a folder is for what lies nowhere else
+        assert urza.fetch_kernel(artifact_id).files == kernel_files()
+    assert list((tmp_path / "unused").iterdir()) == []
+    other = tmp_path / "other"
+    with Urza(other, url=f"sqlite:///{other}/db", blobs=str(other), key_path=other / "k") as urza:
+        assert urza.kernels() == []  # and an argument goes before both
+
+
+@pytest.mark.parametrize("missing", ["URZA_URL", "URZA_BLOBS", "URZA_KEY"])
+def test_a_library_without_a_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    place = sqlite_place(tmp_path)
+    parts = {"URZA_URL": place.url, "URZA_BLOBS": place.blobs, "URZA_KEY": str(place.key_path)}
+    for name in parts.keys() - {missing}:
+        monkeypatch.setenv(name, parts[name])
+    with pytest.raises(ValueError, match=f"^a library without a folder needs {missing}$"):
+        Urza()
+
+
+@pytest.mark.parametrize(
+    ("url", "because"),
+    [
+        ("no url", "^not the URL of a database: 'no url'$"),
+        ("mysql://host/name", "^a library is kept in sqlite or postgresql, not in mysql$"),
+        ("sqlite://", "^a library needs a file, got the database None$"),
+        ("sqlite:///:memory:", "^a library needs a file, got the database ':memory:'$"),
+    ],
+)
+def test_an_unfit_url_is_refused(tmp_path: Path, url: str, because: str) -> None:
+    with pytest.raises(ValueError, match=because):
+        Urza(tmp_path, url=url)
+
+
+def test_an_unreachable_server_is_an_error_without_its_password(tmp_path: Path) -> None:
+    url = f"postgresql+psycopg://esper:secret@127.0.0.1:{free_port()}/none"
+    with pytest.raises(LibraryError, match=r"^library postgresql.*onnection") as caught:
+        Urza(tmp_path, url=url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    root = tmp_path / "100% ours? #1 ünï"
+    with Urza(root) as urza:
+        publish(urza)
+    with Urza(root) as urza:
+        urza.verify()
+    assert (root / "library.sqlite").exists()
+
+
+def test_the_sqlite_database_is_durable_and_checks_foreign_keys(tmp_path: Path) -> None:
+    with Urza(tmp_path) as urza, urza._database.read() as connection:
         pragmas = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys")
@@ -85,24 +132,10 @@ def test_the_database_is_durable_and_checks_foreign_keys(urza: Urza) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
-def test_a_newer_schema_is_refused_and_left_alone(root: Path) -> None:
-    Urza(root).close()
-    with closing(sqlite3.connect(root / "library.sqlite")) as connection, connection:
-        connection.execute("UPDATE schema_version SET version = 2")
-    before = (root / "library.sqlite").read_bytes()
-    with pytest.raises(
-        LibraryError,
-        match=r"library\.sqlite has schema version 2; this Esper reads versions up to 1$",
-    ):
-        Urza(root)
-    assert (root / "library.sqlite").read_bytes() == before
-
-
-def test_a_file_that_is_no_database_is_refused(root: Path) -> None:
-    root.mkdir()
-    (root / "library.sqlite").write_bytes(b"something else entirely" * 100)
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "library.sqlite").write_bytes(b"something else entirely" * 100)
     with pytest.raises(LibraryError, match=r"library\.sqlite: file is not a database$"):
-        Urza(root)
+        Urza(tmp_path)
 
 
 def test_a_blueprint_is_kept(urza: Urza) -> None:
@@ -231,7 +264,7 @@ def test_a_kernel_of_an_unknown_blueprint_is_refused(urza: Urza) -> None:
     ],
 )
 def test_files_that_are_not_the_manifest_s_are_refused(
-    urza: Urza, root: Path, files: dict[str, bytes], because: str
+    urza: Urza, files: dict[str, bytes], because: str
 ) -> None:
     submit(urza)
     with pytest.raises(ArtifactIntegrityError, match=because):
@@ -239,7 +272,7 @@ def test_files_that_are_not_the_manifest_s_are_refused(
     assert urza.kernels() == []
 
 
-def test_a_path_as_file_name_is_refused(urza: Urza, root: Path) -> None:
+def test_a_path_as_file_name_is_refused(urza: Urza) -> None:
     submit(urza)
     with pytest.raises(ArtifactIntegrityError, match=r"file name '../../evil' is not allowed$"):
         urza.publish_kernel(manifest(files={"../../evil": digest(b"")}), {"../../evil": b""})
@@ -256,6 +289,7 @@ def test_a_path_as_file_name_is_refused(urza: Urza, root: Path) -> None:
         lambda urza, key: urza.kernel(key),
         lambda urza, key: urza.fetch_kernel(key),
         lambda urza, key: urza.report(key),
+        lambda urza, key: urza.archive(key),
     ],
 )
 def test_bad_ids_are_refused(urza: Urza, ask: Callable[[Urza, str], object]) -> None:
@@ -333,6 +367,7 @@ def test_lineage_leads_from_parents_to_adaptations(urza: Urza) -> None:
             "kind": "kernel",
             "pipeline": "FAST",
             "status": "VALIDATED",
+            "archived": False,
             "files": {name: digest(data) for name, data in kernel_files("gated").items()},
             "tags": ["small"],
         },
@@ -347,6 +382,52 @@ def test_lineage_leads_from_parents_to_adaptations(urza: Urza) -> None:
         {"source": child, "target": kernel, "kind": "compiled"},
         {"source": kernel, "target": told.digest(), "kind": "adapted"},
     ]
+
+
+def test_lineage_leads_on_to_recompilations_and_to_what_evolved(urza: Urza) -> None:
+    first = publish(urza)
+    again = publish(urza, pipeline=Pipeline.STANDARD)
+    elsewhere = publish(urza, device="cuda")
+    newest = publish(urza, torch_version="2.14")
+    told = field_report(first)
+    urza.record_field_report(told)
+    evolved = blueprint("gated", parents=(blueprint().blueprint_id,))
+    for _ in range(2):
+        urza.submit_blueprint(evolved, graph("gated"), evolved_from=[told.digest(), told.digest()])
+    edges = urza.lineage()["edges"]
+    assert [edge for edge in edges if edge["kind"] not in ("compiled", "adapted")] == [
+        {"source": blueprint().blueprint_id, "target": evolved.blueprint_id, "kind": "parent"},
+        {"source": first, "target": again, "kind": "recompiled"},
+        {"source": again, "target": newest, "kind": "recompiled"},
+        {"source": told.digest(), "target": evolved.blueprint_id, "kind": "evolved"},
+    ]
+    assert elsewhere not in {edge["source"] for edge in edges}
+    assert urza.audit.entries()[-1].details["evolved_from"] == [told.digest()]
+    urza.verify()
+
+
+def test_a_blueprint_that_evolved_from_nothing_known_is_refused(urza: Urza) -> None:
+    with pytest.raises(
+        ArtifactNotFoundError, match=f"^the library holds no field report {UNKNOWN}$"
+    ):
+        urza.submit_blueprint(blueprint(), graph("low_rank"), evolved_from=[UNKNOWN])
+    with pytest.raises(ValueError, match=r"^an id is 64 lowercase hexadecimal digits, got "):
+        urza.submit_blueprint(blueprint(), graph("low_rank"), evolved_from=["../x"])
+    assert urza.blueprints() == []
+
+
+def test_nothing_that_a_lineage_names_can_be_deleted(urza: Urza) -> None:
+    artifact_id = publish(urza)
+    judge(urza, artifact_id)
+    urza.archive(artifact_id)
+    for table in ("kernels", "blueprints", "tag_sets"):
+        with (
+            pytest.raises(LibraryError, match=r"(?i)foreign key constraint"),
+            urza._database.write() as connection,
+        ):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+    assert urza.lineage()["nodes"][1]["archived"]
+    urza.verify()
 
 
 def test_an_empty_library_has_an_empty_lineage(urza: Urza) -> None:

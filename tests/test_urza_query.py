@@ -1,25 +1,19 @@
 """Queries: what fits is found, what does not is not, and the order never depends on luck."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import select
-from urza_samples import SITE, judge, measurement, publish
+from urza_backends import Place
+from urza_samples import SITE, audited, judge, kernel_files, measurement, publish
+from urza_shelf import Shelved, best, shelve, site
 
 from esper.contracts import KernelQuery, KernelRecord, KernelStatus
+from esper.errors import ArtifactIntegrityError
 from esper.urza import Urza
-from esper.urza.database import kernels
-from esper.urza.library import _conditions
-
-
-@pytest.fixture
-def urza(tmp_path: Path) -> Iterator[Urza]:
-    with Urza(tmp_path) as library:
-        yield library
+from esper.urza.query import parameters, ranked
 
 
 def validated(urza: Urza, name: str = "low_rank", **changes: Any) -> str:
@@ -116,8 +110,8 @@ def test_latency_does_not_rank(urza: Urza) -> None:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Urza, list[KernelRecord]]]:
     with Urza(tmp_path_factory.mktemp("library")) as urza:
-        for index in range(24):
-            validated(
+        for index in range(30):
+            artifact_id = validated(
                 urza,
                 f"design{index}",
                 tags=tuple(tag for bit, tag in enumerate("abc") if index >> bit & 1),
@@ -125,6 +119,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Urza, list
                 num_parameters=index % 7,
                 measurement=measurement(1.0 + index % 3, 1 + index % 4) if index % 6 else None,
             )
+            if index % 8 == 7:
+                urza.archive(artifact_id)
         yield urza, urza.kernels()
 
 
@@ -151,6 +147,8 @@ def test_any_query_agrees_with_the_plainest_answer(
     urza, records = shelf
     left = []
     for record in records:
+        if record.archived:
+            continue
         if any(tag not in record.tags for tag in query.required_tags):
             continue
         if any(tag in record.tags for tag in query.excluded_tags):
@@ -173,13 +171,85 @@ def exceeds(value: float | None, bound: float | None) -> bool:
     return bound is not None and (value is None or value > bound)
 
 
-def test_the_index_answers_the_query(urza: Urza) -> None:
-    query = KernelQuery(site=SITE, dtype="float32", device="cpu", max_latency_us=1.0)
-    asked = select(kernels).where(*_conditions(query))
+def test_an_archived_kernel_is_not_found_but_kept(urza: Urza) -> None:
+    archived, other = validated(urza, "a"), validated(urza, "b")
+    urza.archive(archived)
+    assert found(urza) == [other]
+    assert urza.kernel(archived).archived
+    assert urza.fetch_kernel(archived).files == kernel_files("a")
+    assert {record.artifact_id for record in urza.kernels()} == {archived, other}
+    head = urza.audit.head()
+    urza.archive(archived)
+    assert urza.audit.head() == head
+    assert audited(urza)[-1] == "kernel.archived"
+    urza.verify()
+
+
+def test_a_verdict_s_tags_replace_those_of_the_last(urza: Urza) -> None:
+    artifact_id = validated(urza, tags=("small", "fast", "fast"))
+    assert found(urza, required_tags={"fast"}) == [artifact_id]
+    judge(urza, artifact_id, tags=("small",))
+    assert found(urza, required_tags={"fast"}) == []
+    judge(urza, artifact_id, tags=(), machine="another")
+    assert found(urza, required_tags={"small"}) == []
+    urza.verify()
+
+
+@pytest.fixture(scope="module")
+def large(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Urza, list[Shelved]]]:
+    with Urza(tmp_path_factory.mktemp("library")) as urza:
+        yield urza, shelve(urza, 100_000, sites=100)
+
+
+LARGE_QUERIES = [
+    KernelQuery(site=site(7), dtype="float32", device="cpu"),
+    KernelQuery(
+        site=site(42),
+        dtype="float32",
+        device="cpu",
+        required_tags=frozenset({"numerically_stable", "low_memory"}),
+        preferred_tags=frozenset({"gated", "residual_mlp", "high_speed"}),
+        excluded_tags=frozenset({"low_speed", "unheard-of"}),
+        max_latency_us=900.0,
+        max_memory_bytes=2**19,
+        max_parameters=80_000,
+        limit=100,
+    ),
+]
+
+
+@pytest.mark.parametrize("query", LARGE_QUERIES)
+def test_a_hundred_thousand_kernels_are_ranked_rightly(
+    large: tuple[Urza, list[Shelved]], query: KernelQuery
+) -> None:
+    urza, shelved = large
+    expected = best(shelved, query)
+    assert [record.artifact_id for record in urza.query(query)] == expected
+    assert len(expected) >= 16, "too few to tell one order from another"
+
+
+@pytest.mark.parametrize("query", LARGE_QUERIES)
+def test_the_index_answers_a_query(large: tuple[Urza, list[Shelved]], query: KernelQuery) -> None:
+    """It is covering, so no row is read, and in order, so nothing is sorted."""
+    urza, _ = large
     with urza._database.read() as connection:
-        text = asked.compile(connection, compile_kwargs={"literal_binds": True})
-        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}").all()
-    assert [row.detail for row in plan] == [
-        "SEARCH kernels USING INDEX kernels_by_fit "
-        "(status=? AND site_digest=? AND dtype=? AND device=?)"
+        values = parameters(query) | {"limit": query.limit}
+        statement = ranked(frozenset(values)).params(values)
+        text = statement.compile(connection, compile_kwargs={"literal_binds": True})
+        steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}").all()
+    assert [step.detail for step in steps if "kernels" in step.detail] == [
+        "SEARCH kernels USING COVERING INDEX kernels_by_rank "
+        "(status=? AND archived=? AND site_digest=? AND dtype=? AND device=?)"
     ]
+    assert not any("ORDER BY" in step.detail for step in steps)
+
+
+def test_a_row_that_the_index_shows_for_the_wrong_site_is_noticed(urza: Urza, place: Place) -> None:
+    wider = SITE.model_copy(update={"inp_shape": (None, 16)})
+    validated(urza, site=wider)
+    with place.tampering() as connection:
+        connection.exec_driver_sql(f"UPDATE kernels SET site_digest = '{SITE.digest()}'")
+    with pytest.raises(ArtifactIntegrityError, match=r"its row was altered, it was found for"):
+        found(urza)

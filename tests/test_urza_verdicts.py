@@ -1,6 +1,5 @@
 """Verdicts: only a signed one counts, the newest holds, and none is forgotten."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,6 @@ from esper.errors import (
 from esper.urza import EvaluatorKey, Urza
 
 PENDING, VALIDATED, REJECTED = KernelStatus
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "library"
-
-
-@pytest.fixture
-def urza(root: Path) -> Iterator[Urza]:
-    with Urza(root) as library:
-        yield library
 
 
 @pytest.mark.parametrize("status", [VALIDATED, REJECTED])

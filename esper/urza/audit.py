@@ -15,7 +15,8 @@ from sqlalchemy import Connection, Row, insert, select
 
 from esper.contracts import Contract, canonical_json
 from esper.errors import AuditError
-from esper.urza.database import Database, audit_log
+from esper.urza.database import Database
+from esper.urza.schema import audit_log
 
 GENESIS = "0" * 64  # stands for the hash before the first row
 

@@ -1,136 +1,42 @@
-"""The library's tables, and the transactions in which they are read and written.
+"""The transactions in which the library's tables are read and written, and how they are opened."""
 
-Everything that is peculiar to SQLite stands in this file.
-"""
-
-import fcntl
-import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-)
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Connection, func, insert, inspect, make_url, select
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from esper.contracts import BlueprintStatus, KernelStatus
 from esper.errors import LibraryError
+from esper.urza import postgres, sqlite
+from esper.urza.schema import REVISION, SUPERSEDED, alembic_version, metadata, schema_version
 
-SCHEMA_VERSION = 1
-_BUSY_TIMEOUT_S = 60
-
-metadata = MetaData()
-
-schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
-
-# ``position`` counts in the order of arrival: rows are listed oldest first.
-blueprints = Table(
-    "blueprints",
-    metadata,
-    Column("position", Integer, primary_key=True),
-    Column("blueprint_id", String(64), nullable=False, unique=True),
-    Column("contract", Text, nullable=False),
-    Column("status", String, nullable=False, default=BlueprintStatus.UNVALIDATED),
-    Column("log", Text, nullable=False, default=""),
-)
-
-kernels = Table(
-    "kernels",
-    metadata,
-    Column("position", Integer, primary_key=True),
-    Column("artifact_id", String(64), nullable=False, unique=True),
-    Column("blueprint_id", ForeignKey(blueprints.c.blueprint_id), nullable=False),
-    Column("manifest", Text, nullable=False),
-    Column("site_digest", String(64), nullable=False),
-    Column("dtype", String, nullable=False),
-    Column("device", String, nullable=False),
-    Column("num_parameters", Integer, nullable=False),
-    # From here on the current verdict, copied from its report.
-    Column("status", String, nullable=False, default=KernelStatus.PENDING_BENCHMARKING),
-    Column("report_digest", String(64)),
-    Column("signature", String),
-    Column("tags", Text, nullable=False, default="[]"),
-    Column("latency_us", Float),
-    Column("memory_bytes", Integer),
-    Column("risk_score", Float),
-    Index("kernels_by_fit", "status", "site_digest", "dtype", "device"),
-)
-
-# Every verdict that was ever recorded; the newest of an artifact is also in its ``kernels`` row.
-reports = Table(
-    "reports",
-    metadata,
-    Column("position", Integer, primary_key=True),
-    Column("artifact_id", ForeignKey(kernels.c.artifact_id), nullable=False, index=True),
-    Column("status", String, nullable=False),
-    Column("report_digest", String(64), nullable=False),
-    Column("signature", String, nullable=False),
-)
-
-field_reports = Table(
-    "field_reports",
-    metadata,
-    Column("position", Integer, primary_key=True),
-    Column("report_digest", String(64), nullable=False, unique=True),
-    Column("artifact_id", ForeignKey(kernels.c.artifact_id), nullable=False),
-    Column("blueprint_id", ForeignKey(blueprints.c.blueprint_id), nullable=False),
-    Column("contract", Text, nullable=False),
-)
-
-audit_log = Table(
-    "audit_log",
-    metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=False),
-    Column("timestamp", Float, nullable=False),
-    Column("actor", String, nullable=False),
-    Column("event", String, nullable=False),
-    Column("subject", String, nullable=False),
-    Column("details", Text, nullable=False),
-    Column("previous_hash", String(64), nullable=False),
-    Column("hash", String(64), nullable=False),
-)
-
-
-def _make_append_only(_table: Table, connection: Connection, **_: object) -> None:
-    for verb in ("UPDATE", "DELETE"):
-        connection.exec_driver_sql(
-            f"CREATE TRIGGER audit_log_refuses_{verb} BEFORE {verb} ON audit_log "
-            "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
-        )
-
-
-event.listen(audit_log, "after_create", _make_append_only)
+_FIRST = "0001"  # the schema that was not yet numbered by alembic
 
 
 class Database:
-    """One SQLite file, used by any number of threads and processes."""
+    """One database, used by any number of threads and processes.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    ``url`` is SQLAlchemy's: ``sqlite:////folder/library.sqlite``, ``postgresql://user@host/name``.
+    An empty database is given its tables, and an older one is migrated, in one transaction each:
+    of several processes that open it at once one does the work. Without ``prepare`` it is taken as
+    it is. Raises ValueError for a URL of another kind, LibraryError for a database that cannot be
+    used, newer ones among them.
+    """
+
+    def __init__(self, url: str | URL, *, prepare: bool = True) -> None:
+        self._url = _parsed(url)
         self._turn = threading.Lock()
-        self._reader = _engine(path)
-        self._writer = self._reader.execution_options(begin="IMMEDIATE")
-        # SQLite's timeout does not cover the change to WAL: without the lock 6 of 1,200 openings
-        # of new libraries, 8 processes at once, failed with "database is locked".
-        with _locked(path.parent):
+        self._is_sqlite = self._url.get_backend_name() == "sqlite"
+        self.name = (
+            str(sqlite.file_of(self._url)) if self._is_sqlite else self._url.render_as_string()
+        )
+        self._reader, self._writer = (sqlite if self._is_sqlite else postgres).make_engines(
+            self._url
+        )
+        if prepare:
             self._prepare()
 
     @contextmanager
@@ -149,6 +55,13 @@ class Database:
         with self._turn, self._errors_translated(), self._writer.begin() as connection:
             yield connection
 
+    def now_s(self, connection: Connection) -> float:
+        """Seconds since the Unix epoch, by the one clock of all who share the database."""
+        if self._is_sqlite:
+            return time.time()
+        clock = func.extract("epoch", func.clock_timestamp())
+        return float(connection.execute(select(clock)).scalar_one())
+
     def close(self) -> None:
         self._reader.dispose()
 
@@ -157,51 +70,68 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise LibraryError(f"library {self._path}: {error.orig}") from error
+            first_line = str(error.orig).partition("\n")[0]  # a server adds hints and contexts
+            raise LibraryError(f"library {self.name}: {first_line}") from error
 
     def _prepare(self) -> None:
         try:
-            with self.write() as connection:
-                self._create_or_check(connection)
+            with self._opening():
+                with self.read() as connection:
+                    ready = _revision(connection) == REVISION
+                if not ready:
+                    with self.write() as connection:
+                        self._create_or_migrate(connection)
         except BaseException:
             self.close()
             raise
 
-    def _create_or_check(self, connection: Connection) -> None:
-        if not inspect(connection).has_table(schema_version.name):
+    def _opening(self) -> AbstractContextManager[None]:
+        return sqlite.opening(self._url) if self._is_sqlite else nullcontext()
+
+    def _create_or_migrate(self, connection: Connection) -> None:
+        """Runs in the writer's turn: what another process did before us shows here."""
+        revision = _revision(connection)
+        if revision is None:
             metadata.create_all(connection)
-            connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
-        version = connection.execute(select(schema_version.c.version)).scalar_one()
-        if version > SCHEMA_VERSION:
+            connection.execute(insert(schema_version).values(version=SUPERSEDED))
+            connection.execute(insert(alembic_version).values(version_num=REVISION))
+        elif revision < REVISION:
+            from esper.urza.migrations import upgrade  # alembic, which few openings need
+
+            try:
+                upgrade(connection)
+            except (ValueError, TypeError) as error:
+                raise LibraryError(
+                    f"library {self.name} cannot be migrated from schema revision {revision}: "
+                    f"{error}"
+                ) from error
+        elif revision > REVISION:
             raise LibraryError(
-                f"library {self._path} has schema version {version}; this Esper reads versions up "
-                f"to {SCHEMA_VERSION}"
+                f"library {self.name} has schema revision {revision}; this Esper reads revisions "
+                f"up to {REVISION}"
             )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sqlite_url(path: Path) -> URL:
+    """Return the URL of a file, whatever signs its path has."""
+    return URL.create("sqlite", database=str(path))
+
+
+def _parsed(url: str | URL) -> URL:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ValueError(f"not the URL of a database: {url!r}") from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ValueError(
+            f"a library is kept in sqlite or postgresql, not in {parsed.get_backend_name()}"
+        )
+    return parsed
 
 
-def _engine(path: Path) -> Engine:
-    engine = create_engine(
-        f"sqlite:///{path}", connect_args={"timeout": _BUSY_TIMEOUT_S}, max_overflow=-1
-    )
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _configure(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', '')}")
+def _revision(connection: Connection) -> str | None:
+    """Return the schema's revision, None for an empty database."""
+    inspector = inspect(connection)
+    if inspector.has_table(alembic_version.name):
+        return str(connection.execute(select(alembic_version.c.version_num)).scalar_one())
+    return _FIRST if inspector.has_table(schema_version.name) else None

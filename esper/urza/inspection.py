@@ -1,15 +1,15 @@
 """Whether the library on disk still is what was written: every row, blob, signature and link."""
 
 import json
+from collections import defaultdict
 from typing import Any
 
-from sqlalchemy import Column, Connection, Row, Table, select
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, select, true
 
 from esper.contracts import BlueprintStatus, KernelStatement, UrabraskValidationReport
 from esper.errors import ArtifactIntegrityError, LibraryError
 from esper.trust import TrustedKey
 from esper.urza.blobs import BlobStore
-from esper.urza.database import audit_log, blueprints, field_reports, kernels, reports
 from esper.urza.rows import (
     blueprint_from,
     blueprint_values,
@@ -19,8 +19,23 @@ from esper.urza.rows import (
     record_from,
     verdict_values,
 )
+from esper.urza.schema import (
+    audit_log,
+    blueprints,
+    evolutions,
+    field_reports,
+    kernels,
+    reports,
+    tag_set_members,
+)
 
-_SUBMITTED = {"status": BlueprintStatus.UNVALIDATED.value, "log": ""}
+_SUBMITTED = {
+    "status": BlueprintStatus.UNVALIDATED.value,
+    "log": "",
+    "tamiyo_interest": 0.0,
+    "urabrask_interest": 0.0,
+    "lease_owner": None,
+}
 
 
 def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedKey) -> None:
@@ -28,12 +43,14 @@ def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedK
 
     The audit log's own chain is for ``AuditLog.verify``; here only its links to the rows count.
     """
-    statuses = _audited_statuses(connection)
+    audited, evolved = _audited_blueprints(connection)
     for row in connection.execute(select(blueprints)):
         _inspect_blueprint(row, blobs)
-        _compare(row, statuses.get(row.blueprint_id, _SUBMITTED))
+        _compare(row, audited[row.blueprint_id])
+    _inspect_evolutions(connection, evolved)
+    tag_sets = _tag_sets(connection)
     for row in connection.execute(select(kernels)):
-        _inspect_kernel(row, blobs)
+        _inspect_kernel(row, tag_sets[row.tag_set], blobs)
     for row in connection.execute(select(reports)):
         _inspect_report(row, blobs, trusted)
     for row in connection.execute(select(field_reports)):
@@ -42,20 +59,52 @@ def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedK
     _inspect_links(connection, "kernel.published", kernels.c.artifact_id)
     _inspect_links(connection, "kernel.reported", reports.c.artifact_id)
     _inspect_links(connection, "adaptation.reported", field_reports.c.report_digest)
+    archived = kernels.c.archived == true()
+    _inspect_links(connection, "kernel.archived", kernels.c.artifact_id, archived)
 
 
-def _audited_statuses(connection: Connection) -> dict[str, dict[str, str]]:
-    """Replay the audit log: what status and log each blueprint was last given."""
+def _audited_blueprints(
+    connection: Connection,
+) -> tuple[dict[str, dict[str, Any]], set[tuple[str, str]]]:
+    """Replay the audit log: what each blueprint was last given, and what evolved from what."""
     changes = (
-        select(audit_log.c.subject, audit_log.c.details)
-        .where(audit_log.c.event == "blueprint.status")
+        select(audit_log.c.event, audit_log.c.subject, audit_log.c.details)
+        .where(audit_log.c.event.like("blueprint.%"))
         .order_by(audit_log.c.seq)
     )
-    statuses = {}
-    for subject, text in connection.execute(changes):
+    audited: dict[str, dict[str, Any]] = defaultdict(_SUBMITTED.copy)
+    evolved = set()
+    for event, subject, text in connection.execute(changes):
         details = json.loads(text)
-        statuses[subject] = {"status": details["target"], "log": details["log"]}
-    return statuses
+        if event == "blueprint.status":
+            audited[subject] |= {
+                "status": details["target"],
+                "log": details["log"],
+                "lease_owner": details.get("owner"),
+            }
+        elif event == "blueprint.interest":
+            audited[subject] |= details
+        else:
+            evolved |= {(subject, cause) for cause in details.get("evolved_from", [])}
+    return audited, evolved
+
+
+def _inspect_evolutions(connection: Connection, audited: set[tuple[str, str]]) -> None:
+    stored = {
+        (row.blueprint_id, row.report_digest) for row in connection.execute(select(evolutions))
+    }
+    if stored != audited:
+        raise LibraryError(
+            f"evolutions holds {len(stored)} rows, the audit log {len(audited)}; they differ in "
+            f"{sorted(stored ^ audited)[:3]}"
+        )
+
+
+def _tag_sets(connection: Connection) -> dict[int, set[str]]:
+    members: dict[int, set[str]] = defaultdict(set)
+    for row in connection.execute(select(tag_set_members)):
+        members[row.tag_set].add(row.tag)
+    return members
 
 
 def _inspect_blueprint(row: Row[Any], blobs: BlobStore) -> None:
@@ -64,13 +113,18 @@ def _inspect_blueprint(row: Row[Any], blobs: BlobStore) -> None:
     blobs.get(blueprint.graph_digest)
 
 
-def _inspect_kernel(row: Row[Any], blobs: BlobStore) -> None:
+def _inspect_kernel(row: Row[Any], tags: set[str], blobs: BlobStore) -> None:
     record = record_from(row)
     _compare(row, kernel_values(record.manifest))
     for digest in record.manifest.files.values():
         blobs.get(digest)
     if record.statement is not None:
         _compare(row, verdict_values(_report(record.statement.report_digest, blobs), row.signature))
+    if tags != set(record.tags):
+        raise ArtifactIntegrityError(
+            f"kernel {record.artifact_id} is found by tags {sorted(tags)}, but has "
+            f"{sorted(record.tags)}"
+        )
 
 
 def _inspect_report(row: Row[Any], blobs: BlobStore, trusted: TrustedKey) -> None:
@@ -97,10 +151,12 @@ def _compare(row: Row[Any], expected: dict[str, Any]) -> None:
             )
 
 
-def _inspect_links(connection: Connection, event: str, key: Column[Any]) -> None:
+def _inspect_links(
+    connection: Connection, event: str, key: Column[Any], *conditions: ColumnElement[bool]
+) -> None:
     """Each row has its audit entry and the reverse, so no row was slipped in or taken out."""
     table: Table = key.table
-    stored = sorted(connection.execute(select(key)).scalars())
+    stored = sorted(connection.execute(select(key).where(*conditions)).scalars())
     audited = sorted(
         connection.execute(select(audit_log.c.subject).where(audit_log.c.event == event)).scalars()
     )

@@ -5,15 +5,18 @@ and its audit entry in one transaction. A crash in between leaves a blob that no
 """
 
 import hashlib
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, insert, select, true, update
 
 from esper.contracts import (
     Blueprint,
+    BlueprintRecord,
     BlueprintStatus,
     FieldReport,
     KernelBundle,
@@ -24,23 +27,38 @@ from esper.contracts import (
     KernelStatus,
     LifecycleEvent,
     UrabraskValidationReport,
+    canonical_json,
 )
 from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError, LibraryError
 from esper.trust import verify_files
 from esper.urza.audit import AuditLog
-from esper.urza.blobs import BlobStore, checked_digest
-from esper.urza.database import Database, blueprints, field_reports, kernels, reports
+from esper.urza.blobs import checked_digest, open_blobs
+from esper.urza.database import Database, sqlite_url
+from esper.urza.folders import made_folder
 from esper.urza.inspection import inspect_contents
+from esper.urza.leases import UNLEASED, check_owner, check_terms, lease_values, next_claimable
 from esper.urza.lineage import lineage_graph
+from esper.urza.query import check_fit, find
 from esper.urza.rows import (
     blueprint_from,
+    blueprint_record_from,
     blueprint_status_from,
     blueprint_values,
     field_report_from,
     field_report_values,
     kernel_values,
     record_from,
+    storable,
     verdict_values,
+)
+from esper.urza.schema import (
+    blueprints,
+    evolutions,
+    field_reports,
+    kernels,
+    reports,
+    tag_set_members,
+    tag_sets,
 )
 from esper.urza.signing import EvaluatorKey
 
@@ -54,26 +72,44 @@ _LEGAL_STATUS_CHANGES = {
 
 
 class Urza:
-    """One library folder. Every method blocks on the disk and may be called from any thread.
+    """One library. Every method blocks on the disk or the network, and any thread may call it.
 
-    Ids that are no SHA-256 raise ValueError, unknown ones ArtifactNotFoundError, a database that
-    cannot be used LibraryError. What is read is checked against its digest, and altered content
-    raises ArtifactIntegrityError.
+    Ids that are no SHA-256 raise ValueError, unknown ones ArtifactNotFoundError, a database or
+    blobs that cannot be used LibraryError. What is read is checked against its digest, and altered
+    content raises ArtifactIntegrityError. Nothing is ever deleted: the lineage names it.
+
+    Where its parts lie is said by an argument, else by an environment variable, else they are in
+    the folder ``root``. ValueError if nothing says it.
 
     Args:
         root: the library's folder. It is made if it is not there; any number of processes may
             have it open. LibraryError if no folder can be there.
-        key_path: PEM file of the evaluator's private key, made if it is not there; by default
-            ``keys/evaluator.pem`` in the library. Elsewhere, those who may write to the library
-            need not be able to sign verdicts.
+        url: the database (``URZA_URL``), SQLite by default: ``sqlite:////folder/library.sqlite``,
+            ``postgresql://user@host/name``.
+        blobs: folder or URL of the blobs (``URZA_BLOBS``): ``s3://bucket/prefix``.
+        key_path: PEM file of the evaluator's private key (``URZA_KEY``), made if it is not there.
+            Outside of the library, those who may write to the library need not be able to sign
+            verdicts.
     """
 
-    def __init__(self, root: Path | str, *, key_path: Path | None = None) -> None:
-        root = _made_folder(Path(root).absolute())
-        self._database = Database(root / "library.sqlite")
-        self._blobs = BlobStore(root / "blobs")
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        *,
+        url: str | None = None,
+        blobs: str | None = None,
+        key_path: Path | None = None,
+    ) -> None:
+        folder = None if root is None else made_folder(Path(root).absolute())
+        url = url or os.environ.get("URZA_URL")
+        blobs = blobs or os.environ.get("URZA_BLOBS")
+        key = key_path or os.environ.get("URZA_KEY")
+        self._database = Database(url or sqlite_url(_below(folder, "library.sqlite", "URZA_URL")))
+        self._blobs = open_blobs(blobs or str(_below(folder, "blobs", "URZA_BLOBS")))
         self.audit = AuditLog(self._database)
-        self.evaluator_key = EvaluatorKey.load_or_create(key_path or root / "keys/evaluator.pem")
+        self.evaluator_key = EvaluatorKey.load_or_create(
+            Path(key or _below(folder, "keys/evaluator.pem", "URZA_KEY"))
+        )
         self.trusted_key = self.evaluator_key.trusted()
 
     def close(self) -> None:
@@ -90,11 +126,14 @@ class Urza:
     ) -> None:
         self.close()
 
-    def submit_blueprint(self, blueprint: Blueprint, graph: bytes) -> str:
+    def submit_blueprint(
+        self, blueprint: Blueprint, graph: bytes, *, evolved_from: Collection[str] = ()
+    ) -> str:
         """Store a blueprint and its canonical graph, UNVALIDATED; return its id.
 
-        Submitting it again changes nothing. Its parents must be known, so that the lineage never
-        points outside the library.
+        ``evolved_from`` are the digests of the field reports that it was made in answer to.
+        Submitting it again changes nothing. Its parents and those reports must be known, so that
+        the lineage never points outside the library.
         """
         blueprint_id = blueprint.blueprint_id
         found = hashlib.sha256(graph).hexdigest()
@@ -105,16 +144,22 @@ class Urza:
             )
         for parent in blueprint.parents:
             self.blueprint_status(parent)
+        causes = sorted({checked_digest(report_digest) for report_digest in evolved_from})
         self._blobs.put(graph)
         with self._database.write() as connection:
             if not _exists(connection, blueprints.c.blueprint_id, blueprint_id):
                 connection.execute(insert(blueprints).values(**blueprint_values(blueprint)))
+                _add_evolutions(connection, blueprint_id, causes)
                 self.audit.append(
                     connection,
                     actor="urza",
                     event="blueprint.submitted",
                     subject=blueprint_id,
-                    details={"design": blueprint.design.name, "graph": blueprint.graph_digest},
+                    details={
+                        "design": blueprint.design.name,
+                        "graph": blueprint.graph_digest,
+                        "evolved_from": causes,
+                    },
                 )
         return blueprint_id
 
@@ -137,28 +182,102 @@ class Urza:
         with self._database.read() as connection:
             return list(connection.execute(chosen).scalars())
 
+    def blueprint_record(self, blueprint_id: str) -> BlueprintRecord:
+        return blueprint_record_from(self._blueprint_row(blueprint_id))
+
+    def blueprint_records(self, status: BlueprintStatus | None = None) -> list[BlueprintRecord]:
+        """Return the records, oldest first."""
+        chosen = select(blueprints).order_by(blueprints.c.position)
+        if status is not None:
+            chosen = chosen.where(blueprints.c.status == status)
+        with self._database.read() as connection:
+            return [blueprint_record_from(row) for row in connection.execute(chosen)]
+
     def set_blueprint_status(
-        self, blueprint_id: str, status: BlueprintStatus, log: str = ""
+        self, blueprint_id: str, status: BlueprintStatus, log: str = "", *, owner: str | None = None
     ) -> None:
-        """Take a legal edge, or raise LibraryError: of two forges only one gets to COMPILING."""
+        """Take a legal edge, or raise LibraryError: of two forges only one gets to COMPILING.
+
+        A blueprint that is leased takes its edges from ``owner`` alone, who has a LeaseError
+        coming when the lease ran out and somebody else took it over; without a lease, or after it
+        ran out, ``owner`` may be None.
+        """
         with self._database.write() as connection:
-            source = blueprint_status_from(_blueprint_row(connection, blueprint_id))
+            row = _blueprint_row(connection, blueprint_id)
+            source = blueprint_status_from(row)
+            check_owner(row, owner, self._database.now_s(connection))
             if (source, status) not in _LEGAL_STATUS_CHANGES:
                 raise LibraryError(
                     f"blueprint {blueprint_id} is {source}; it cannot become {status}"
                 )
+            self._change_status(connection, row, status, log)
+
+    def claim_blueprint(
+        self, owner: str, lease_s: float, *, blueprint_id: str | None = None
+    ) -> str | None:
+        """Lease what is most worth compiling to ``owner``, COMPILING; None if nothing waits.
+
+        What waits is UNVALIDATED, or COMPILING while its lease ran out or without one. The sum of
+        the interests decides, then age. By id a certain blueprint is claimed, even a COMPILED one;
+        None if it cannot be had. ``owner`` must be unique to the forge, and renew the lease
+        before ``lease_s`` seconds are over.
+        """
+        check_terms(owner, lease_s)
+        owner = storable(owner)
+        with self._database.write() as connection:
+            if blueprint_id is not None:
+                _blueprint_row(connection, blueprint_id)
+            now_s = self._database.now_s(connection)
+            row = next_claimable(connection, now_s, blueprint_id)
+            if row is None:
+                return None
+            lease = lease_values(row, owner, now_s + lease_s)
+            self._change_status(connection, row, BlueprintStatus.COMPILING, "", lease)
+            return str(row.blueprint_id)
+
+    def renew_lease(self, blueprint_id: str, owner: str, lease_s: float) -> None:
+        """Let the lease end ``lease_s`` seconds from now; LeaseError if somebody else has it.
+
+        No change of state, so it leaves no audit entry.
+        """
+        check_terms(owner, lease_s)
+        with self._database.write() as connection:
+            now_s = self._database.now_s(connection)
+            check_owner(_blueprint_row(connection, blueprint_id), owner, now_s)
             connection.execute(
                 update(blueprints)
                 .where(blueprints.c.blueprint_id == blueprint_id)
-                .values(status=status, log=log)
+                .values(lease_expires_at=now_s + lease_s)
             )
-            self.audit.append(
-                connection,
-                actor="tezzeret",
-                event="blueprint.status",
-                subject=blueprint_id,
-                details={"source": source, "target": status, "log": log},
-            )
+
+    def release_blueprint(self, blueprint_id: str, owner: str, log: str = "") -> None:
+        """Give a leased blueprint back as it was when it was claimed; LeaseError if it is not."""
+        with self._database.write() as connection:
+            row = _blueprint_row(connection, blueprint_id)
+            check_owner(row, owner, self._database.now_s(connection))
+            self._change_status(connection, row, BlueprintStatus(row.leased_from), log)
+
+    def set_interest(
+        self, blueprint_id: str, role: Literal["tamiyo", "urabrask"], score: float
+    ) -> None:
+        """Say how much a role wants a blueprint compiled: any finite number from 0 on."""
+        if not (math.isfinite(score) and score >= 0):
+            raise ValueError(f"an interest must be finite and not negative, got {score}")
+        column = f"{role}_interest"
+        with self._database.write() as connection:
+            if _blueprint_row(connection, blueprint_id)._mapping[column] != score:
+                connection.execute(
+                    update(blueprints)
+                    .where(blueprints.c.blueprint_id == blueprint_id)
+                    .values({column: score})
+                )
+                self.audit.append(
+                    connection,
+                    actor=role,
+                    event="blueprint.interest",
+                    subject=blueprint_id,
+                    details={column: score},
+                )
 
     def publish_kernel(self, manifest: KernelManifest, files: Mapping[str, bytes]) -> str:
         """Store an artifact, PENDING_BENCHMARKING, of a known blueprint; return its id.
@@ -205,8 +324,28 @@ class Urza:
         a ranking by a noisy measurement would change from machine to machine. A kernel whose
         latency or memory is unknown meets no bound on it.
         """
-        candidates = [r for r in self._records(*_conditions(query)) if _tags_fit(r, query)]
-        return sorted(candidates, key=lambda record: _rank(record, query))[: query.limit]
+        with self._database.read() as connection:
+            records = [record_from(row) for row in find(connection, query)]
+        for record in records:
+            check_fit(record, query)
+        return records
+
+    def archive(self, artifact_id: str) -> None:
+        """Let queries no longer find a kernel. It can still be fetched; again changes nothing."""
+        with self._database.write() as connection:
+            if not _kernel_row(connection, artifact_id).archived:
+                connection.execute(
+                    update(kernels)
+                    .where(kernels.c.artifact_id == artifact_id)
+                    .values(archived=true())
+                )
+                self.audit.append(
+                    connection,
+                    actor="urza",
+                    event="kernel.archived",
+                    subject=artifact_id,
+                    details={},
+                )
 
     def record_report(
         self, report: UrabraskValidationReport, statement: KernelStatement, signature: str
@@ -221,10 +360,10 @@ class Urza:
         self.kernel(report.artifact_id)
         self._blobs.put(report.canonical())
         with self._database.write() as connection:
-            replaced = _kernel_row(connection, report.artifact_id).report_digest
-            if replaced != statement.report_digest:
+            row = _kernel_row(connection, report.artifact_id)
+            if row.report_digest != statement.report_digest:
                 _refuse_replay(connection, statement)
-                self._replace_verdict(connection, report, signature, replaced)
+                self._replace_verdict(connection, row, report, signature)
 
     def report(self, artifact_id: str) -> UrabraskValidationReport:
         statement = self.kernel(artifact_id).statement
@@ -275,6 +414,10 @@ class Urza:
                 [(blueprint_from(row), blueprint_status_from(row)) for row in stored],
                 _records(connection),
                 _field_reports(connection),
+                [
+                    (row.report_digest, row.blueprint_id)
+                    for row in connection.execute(select(evolutions))
+                ],
             )
 
     def verify(self) -> None:
@@ -291,12 +434,37 @@ class Urza:
         with self._database.read() as connection:
             return _records(connection, *conditions)
 
+    def _change_status(
+        self,
+        connection: Connection,
+        row: Row[Any],
+        status: BlueprintStatus,
+        log: str,
+        lease: Mapping[str, Any] = UNLEASED,
+    ) -> None:
+        log = storable(log)
+        connection.execute(
+            update(blueprints)
+            .where(blueprints.c.position == row.position)
+            .values(status=status, log=log, **lease)
+        )
+        details = {"source": row.status, "target": status, "log": log}
+        if lease is not UNLEASED:
+            details["owner"] = lease["lease_owner"]
+        self.audit.append(
+            connection,
+            actor="tezzeret",
+            event="blueprint.status",
+            subject=row.blueprint_id,
+            details=details,
+        )
+
     def _replace_verdict(
         self,
         connection: Connection,
+        row: Row[Any],
         report: UrabraskValidationReport,
         signature: str,
-        replaced: str | None,
     ) -> None:
         values = verdict_values(report, signature)
         connection.execute(
@@ -308,7 +476,9 @@ class Urza:
             )
         )
         connection.execute(
-            update(kernels).where(kernels.c.artifact_id == report.artifact_id).values(**values)
+            update(kernels)
+            .where(kernels.c.position == row.position)
+            .values(**values, tag_set=_tag_set(connection, report.tags))
         )
         self.audit.append(
             connection,
@@ -318,18 +488,40 @@ class Urza:
             details={
                 "status": report.status,
                 "report": values["report_digest"],
-                "replaces": replaced,
+                "replaces": row.report_digest,
                 "key": self.trusted_key.hex(),
             },
         )
 
 
-def _made_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LibraryError(f"library {path}: cannot be a folder: {error.strerror}") from error
-    return path
+def _below(folder: Path | None, name: str, variable: str) -> Path:
+    if folder is None:
+        raise ValueError(f"a library without a folder needs {variable}")
+    return folder / name
+
+
+def _add_evolutions(connection: Connection, blueprint_id: str, causes: list[str]) -> None:
+    for report_digest in causes:
+        if not _exists(connection, field_reports.c.report_digest, report_digest):
+            raise ArtifactNotFoundError(f"the library holds no field report {report_digest}")
+        connection.execute(
+            insert(evolutions).values(blueprint_id=blueprint_id, report_digest=report_digest)
+        )
+
+
+def _tag_set(connection: Connection, tags: Collection[str]) -> int:
+    """Return the position of the set of these tags, which is added if it is new."""
+    distinct = sorted(set(tags))
+    text = canonical_json(distinct).decode()
+    known = select(tag_sets.c.position).where(tag_sets.c.tags == text)
+    position: int | None = connection.execute(known).scalar()
+    if position is not None:
+        return position
+    added = insert(tag_sets).values(tags=text).returning(tag_sets.c.position)
+    position = int(connection.execute(added).scalar_one())
+    for tag in distinct:
+        connection.execute(insert(tag_set_members).values(tag=tag, tag_set=position))
+    return position
 
 
 def _exists(connection: Connection, column: Column[Any], key: str) -> bool:
@@ -384,29 +576,3 @@ def _refuse_replay(connection: Connection, statement: KernelStatement) -> None:
             f"kernel {statement.artifact_id}: report {statement.report_digest} was replaced by a "
             "newer one and cannot validate it again"
         )
-
-
-def _conditions(query: KernelQuery) -> list[ColumnElement[bool]]:
-    bounds = [
-        (kernels.c.latency_us, query.max_latency_us),
-        (kernels.c.memory_bytes, query.max_memory_bytes),
-        (kernels.c.num_parameters, query.max_parameters),
-    ]
-    return [
-        kernels.c.status == KernelStatus.VALIDATED,
-        kernels.c.site_digest == query.site.digest(),
-        kernels.c.dtype == query.dtype,
-        kernels.c.device == query.device,
-        *(column <= bound for column, bound in bounds if bound is not None),
-    ]
-
-
-def _tags_fit(record: KernelRecord, query: KernelQuery) -> bool:
-    tags = frozenset(record.tags)
-    return query.required_tags <= tags and not query.excluded_tags & tags
-
-
-def _rank(record: KernelRecord, query: KernelQuery) -> tuple[int, float, int, str]:
-    preferred = len(query.preferred_tags.intersection(record.tags))
-    risk = 1.0 if record.risk_score is None else record.risk_score
-    return -preferred, risk, record.manifest.num_parameters, record.artifact_id

@@ -4,6 +4,7 @@ The text of a contract is the truth and its digest the row's key. The other colu
 the index; ``inspection`` compares them with what these functions would write.
 """
 
+import hashlib
 import json
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from sqlalchemy import Row
 
 from esper.contracts import (
     Blueprint,
+    BlueprintRecord,
     BlueprintStatus,
     Contract,
     FieldReport,
@@ -41,6 +43,31 @@ def blueprint_status_from(row: Row[Any]) -> BlueprintStatus:
         raise ArtifactIntegrityError(
             f"blueprint {row.blueprint_id}: its row cannot be read: {error}"
         ) from error
+
+
+def blueprint_record_from(row: Row[Any]) -> BlueprintRecord:
+    blueprint = blueprint_from(row)
+    try:
+        return BlueprintRecord(
+            blueprint_id=row.blueprint_id,
+            blueprint=blueprint,
+            status=row.status,
+            log=row.log,
+            tamiyo_interest=row.tamiyo_interest,
+            urabrask_interest=row.urabrask_interest,
+            lease_owner=row.lease_owner,
+            lease_expires_at=row.lease_expires_at,
+        )
+    except ValueError as error:
+        raise ArtifactIntegrityError(
+            f"blueprint {row.blueprint_id}: its row cannot be read: {error}"
+        ) from error
+
+
+def storable(text: str) -> str:
+    """Return ``text`` without what a database cannot keep: a compiler's log may hold anything."""
+    encodable = text.encode(errors="replace").decode()
+    return encodable.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def kernel_values(manifest: KernelManifest) -> dict[str, Any]:
@@ -82,6 +109,7 @@ def record_from(row: Row[Any]) -> KernelRecord:
             risk_score=row.risk_score,
             statement=_statement_from(row),
             signature=row.signature,
+            archived=row.archived,
         )
     except ValueError as error:
         raise ArtifactIntegrityError(f"{what}: its row cannot be read: {error}") from error
@@ -118,8 +146,7 @@ def _decode(kind: type[ContractT], text: str, what: str, digest: str) -> Contrac
         contract = kind.model_validate_json(text)
     except ValidationError as error:
         raise ArtifactIntegrityError(f"{what}: its row cannot be read: {error}") from error
-    if contract.digest() != digest:
-        raise ArtifactIntegrityError(
-            f"{what}: its row was altered, the content has digest {contract.digest()}"
-        )
+    found = hashlib.sha256(text.encode()).hexdigest()  # what was written is canonical
+    if found != digest:
+        raise ArtifactIntegrityError(f"{what}: its row was altered, the content has digest {found}")
     return contract

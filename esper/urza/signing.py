@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 from esper.contracts import KernelStatement
 from esper.errors import LibraryError
 from esper.trust import TrustedKey
-from esper.urza.blobs import sync_directory
+from esper.urza.folders import sync_directory
 
 
 class EvaluatorKey:

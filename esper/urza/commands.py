@@ -1,0 +1,73 @@
+"""``esper audit``: check a library's audit log from outside, without its key and changing nothing.
+
+``esper audit head LIBRARY > head.txt`` writes down where the log ends; kept elsewhere, that head
+shows with ``esper audit verify LIBRARY --head head.txt`` whether rows were later cut off.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import URL, make_url
+
+from esper.errors import EsperError, LibraryError
+from esper.urza import sqlite
+from esper.urza.audit import AuditLog
+from esper.urza.blobs import checked_digest
+from esper.urza.database import Database, sqlite_url
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    verify = actions.add_parser("verify", help="walk the chain and name the first bad row")
+    verify.add_argument("--head", type=Path, help="file of a head that the log must still contain")
+    head = actions.add_parser("head", help="print the hash of the newest row")
+    for action, run in ((verify, _verify), (head, _head)):
+        action.add_argument(
+            "library",
+            nargs="?",
+            default=os.environ.get("URZA_URL"),
+            help="folder of the library, or URL of its database (default: $URZA_URL)",
+        )
+        action.set_defaults(act=run)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the chosen action; what is wrong ends in one line and exit status 1."""
+    if options.library is None:
+        sys.exit("esper audit: name a library, or set URZA_URL")
+    try:
+        with _log(options.library) as log:
+            options.act(log, options)
+    except (EsperError, ValueError, OSError) as error:
+        sys.exit(f"esper audit: {error}")
+
+
+def _verify(log: AuditLog, options: argparse.Namespace) -> None:
+    head = None if options.head is None else checked_digest(options.head.read_text().strip())
+    count = log.verify(expected_head=head)
+    print(f"{count} rows, the chain holds")
+
+
+def _head(log: AuditLog, _: argparse.Namespace) -> None:
+    print(log.head())
+
+
+@contextmanager
+def _log(library: str) -> Iterator[AuditLog]:
+    database = Database(_existing(library), prepare=False)
+    try:
+        yield AuditLog(database)
+    finally:
+        database.close()
+
+
+def _existing(library: str) -> URL:
+    """Return the database's URL; opening a SQLite file that is not there would make it."""
+    url = make_url(library) if "://" in library else sqlite_url(Path(library) / "library.sqlite")
+    if url.get_backend_name() == "sqlite" and not sqlite.file_of(url).is_file():
+        raise LibraryError(f"no library {sqlite.file_of(url)}")
+    return url
