@@ -183,13 +183,16 @@ inline void check_needed(size_t num_needed, size_t num_outs) {
                   " outs, got ", num_needed, " values");
 }
 
-inline void check_like_gradient(const Tensor& y, const Tensor& grad) {
-  check_dtype(y, "y", grad.scalar_type());
-  check_device(y, "y", grad, "grad");
-  const auto expected = grad.sizes();
-  const auto got = y.sizes();
-  STD_TORCH_CHECK(std::equal(got.begin(), got.end(), expected.begin(), expected.end()),
-                  "y must have grad's shape ", shape_name(grad), ", got ", shape_name(y));
+// Of the same dtype, device and shape.
+inline void check_alike(const Tensor& t, const char* name, const Tensor& other,
+                        const char* other_name) {
+  check_dtype(t, name, other.scalar_type());
+  check_device(t, name, other, other_name);
+  const auto expected = other.sizes();
+  const auto got = t.sizes();
+  STD_TORCH_CHECK(std::equal(got.begin(), got.end(), expected.begin(), expected.end()), name,
+                  " must have ", other_name, "'s shape ", shape_name(other), ", got ",
+                  shape_name(t));
 }
 
 inline void check_counts(const Tensor& non_finite, const Tensor& fault, const Tensor& alpha) {

@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY(esper, m) {
       "observe_grad(Tensor grad, int channel_dim, Tensor(a!) health, int first_seed, "
       "int num_seeds) -> ()");
   m.def(
+      "relu_observe(Tensor x, int channel_dim, Tensor(a!) health, int first_seed, "
+      "int num_seeds) -> Tensor");
+  m.def(
+      "relu_observe_grad(Tensor grad, Tensor y, int channel_dim, Tensor(a!) health, "
+      "int first_seed, int num_seeds) -> Tensor");
+  m.def(
       "blend(Tensor y, Tensor[] outs, int[] seeds, int[] starts, Tensor alpha, int channel_dim, "
       "Tensor(a!) non_finite, Tensor(b!) fault) -> Tensor");
   m.def(

@@ -36,9 +36,9 @@ if torch.version.cuda is not None and find_spec("triton") is not None:
     torch.library.impl("esper::bottleneck_backward", "CUDA")(_triton_bottleneck.bottleneck_backward)
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Whether what runs is being recorded, to be run where Esper is not."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def tick(arena: Tensor, num_seeds: int, max_errors: int) -> None:
@@ -71,6 +71,54 @@ def observe_grad(
     Arguments as for :func:`observe`; row 5 of ``health`` is changed in place.
     """
     torch.ops.esper.observe_grad(grad.detach(), channel_dim, health, first_seed, num_seeds)
+
+
+def relu_observe(
+    x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    """Return ``relu(x)``, and merge its statistics as :func:`observe` does, in one pass.
+
+    The result has the values and the strides that ``torch.relu`` gives; a NaN stays NaN. One pass
+    where ``x`` is contiguous or has its channels last in memory; other layouts are read once more.
+    No gradient flows back; see :func:`observed_relu`.
+    """
+    result: Tensor = torch.ops.esper.relu_observe(
+        x.detach(), channel_dim, health, first_seed, num_seeds
+    )
+    return result
+
+
+def relu_observe_grad(
+    grad: Tensor, y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    """Return ``grad`` where ``y``, the result of ``relu``, is positive or NaN, and 0 elsewhere.
+
+    Adds the energy of ``grad`` as :func:`observe_grad` does, in the same pass.
+    """
+    result: Tensor = torch.ops.esper.relu_observe_grad(
+        grad.detach(), y.detach(), channel_dim, health, first_seed, num_seeds
+    )
+    return result
+
+
+def observed_relu(
+    x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    """Return ``relu(x)`` while observing it and, in the backward pass, the gradient it receives.
+
+    Values and gradients are those of ``torch.relu``; ``health`` is changed as by :func:`observe`
+    and :func:`observe_grad`, without a pass of their own. The gradients are differentiable.
+
+    Only ReLU is fused so. Its arithmetic is exact, so that the host gets PyTorch's bits; a second
+    implementation of GELU and the like could differ from PyTorch's in the last one, so they are
+    observed by one extra read.
+    """
+    place = (channel_dim, health, first_seed, num_seeds)
+    if torch.compiler.is_compiling():
+        y = x.relu()
+        observe(y, *place)
+        return y
+    return cast(Tensor, _ObservedRelu.apply(x, *place))
 
 
 def blend(
@@ -108,7 +156,7 @@ def blend(
     """
     if in_place:
         _check_in_place(y, alpha)
-    if torch.compiler.is_compiling() or _is_exporting():
+    if torch.compiler.is_compiling() or is_exporting():
         result = _compiled_blend(y, outs, seeds, starts, alpha, channel_dim, non_finite, fault)
         return y.copy_(result) if in_place else result
     if in_place:
@@ -137,7 +185,7 @@ def isolate(y: Tensor, out: Tensor, channel_dim: int, start: int) -> Tensor:
     output there and with non-finite elements set to zero, but its values reach nothing. Second
     derivatives with respect to ``out`` end here: they would reach the host.
     """
-    if _is_exporting():
+    if is_exporting():
         return y
     return cast(Tensor, _Isolate.apply(y, out, channel_dim, start))
 
@@ -150,7 +198,7 @@ def guard(non_finite: Tensor, fault: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     The gradients are differentiable; what a second backward pass hands to them is made finite.
     """
     guarded = [t for t in tensors if t.requires_grad]
-    if not guarded or not torch.is_grad_enabled() or _is_exporting():
+    if not guarded or not torch.is_grad_enabled() or is_exporting():
         return tensors
     clean = iter(_Guard.apply(non_finite, fault, *guarded))
     return tuple(next(clean) if t.requires_grad else t for t in tensors)
@@ -166,7 +214,7 @@ def _compiled_blend(
     non_finite: Tensor,
     fault: Tensor,
 ) -> Tensor:
-    if not _is_exporting():
+    if not is_exporting():
         detached = [out.detach() for out in outs]
         lost = reference.blend_lost(y.detach(), detached, seeds, starts, channel_dim, non_finite)
         reference.record_lost(lost, non_finite, fault)
@@ -209,6 +257,27 @@ def _blend_in_place(y: Tensor, outs: Sequence[Tensor], chunks: _Chunks) -> Tenso
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+class _ObservedRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+    ) -> Tensor:
+        # Not a saved tensor: health shares its version counter with the whole arena, where other
+        # fields change between forward and backward.
+        ctx.place = (channel_dim, health, first_seed, num_seeds)
+        y: Tensor = torch.ops.esper.relu_observe(x, *ctx.place)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            observe_grad(grad, *ctx.place)
+            return torch.ops.aten.threshold_backward(grad, y, 0), None, None, None, None
+        return torch.ops.esper.relu_observe_grad(grad, y, *ctx.place), None, None, None, None
 
 
 class _Blend(torch.autograd.Function):
@@ -307,6 +376,18 @@ def _(y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: i
 @torch.library.register_fake("esper::observe_grad")
 def _(grad: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> None:
     return None
+
+
+@torch.library.register_fake("esper::relu_observe")
+def _(x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("esper::relu_observe_grad")
+def _(
+    grad: Tensor, y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    return torch.empty_like(y)
 
 
 @torch.library.register_fake("esper::blend")
@@ -452,7 +533,7 @@ def isolated_bottleneck(
     Second derivatives with respect to the branch end here: they would reach the host.
     """
     code = _activation_code(activation)
-    if _is_exporting():
+    if is_exporting():
         return y
     if torch.compiler.is_compiling():
         guarded = _guarded_leaves(leaves, seeds, non_finite, fault)
@@ -578,16 +659,15 @@ def _traced_bottleneck(
     fault: Tensor,
 ) -> Tensor:
     weight = _cells_of(seeds, alpha)
-    if _is_exporting():
+    if is_exporting():
         branches = _branches(inp, weights, leaves, activation, len(seeds))
         return reference.bottleneck(y, branches, starts, weight)
     first = seeds[0]
     (inp,) = guard(non_finite[first : first + 1], fault[first : first + 1], inp)
     guarded = _guarded_leaves(leaves, seeds, non_finite, fault)
     branches = _branches(inp, weights, guarded, activation, len(seeds))
-    lost = reference.bottleneck_lost(y.detach(), branches.detach(), starts)
-    for count, seed in zip(lost, seeds, strict=True):
-        reference.record_lost(count, non_finite[seed : seed + 1], fault[seed : seed + 1])
+    lost = reference.bottleneck_lost(y.detach(), branches.detach(), seeds, starts, non_finite)
+    reference.record_lost(lost, non_finite, fault)
     return reference.bottleneck(y, _FiniteGrad.apply(branches), starts, weight)
 
 

@@ -209,6 +209,27 @@ def observe_grad(
         health[5, seed] = saturate(health[5, seed].double() + energy)
 
 
+def relu_observe(
+    x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    """Return ``relu(x)`` and merge its statistics into ``health``."""
+    y = x.relu()
+    observe(y.detach(), channel_dim, health, first_seed, num_seeds)
+    return y
+
+
+def relu_observe_grad(
+    grad: Tensor, y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> Tensor:
+    """Return the gradient that ``relu``, whose result is ``y``, hands on, and observe ``grad``.
+
+    Differentiable as PyTorch's own is.
+    """
+    observe_grad(grad.detach(), channel_dim, health, first_seed, num_seeds)
+    result: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
+    return result
+
+
 def saturate(value: Tensor) -> Tensor:
     """Return ``value`` as float32, the largest finite number in place of infinity."""
     limit = torch.finfo(torch.float32).max
@@ -289,11 +310,16 @@ def bottleneck(y: Tensor, branches: Tensor, starts: Sequence[int], alpha: Tensor
     return y
 
 
-def bottleneck_lost(y: Tensor, branches: Tensor, starts: Sequence[int]) -> list[Tensor]:
-    """Return for each seed how many elements only its branch kept from being finite, f32 (1,)."""
+def bottleneck_lost(
+    y: Tensor, branches: Tensor, seeds: Sequence[int], starts: Sequence[int], like: Tensor
+) -> Tensor:
+    """Return for each seed how many elements only its branch kept from being finite.
+
+    The result has the shape and dtype of ``like``, a field of the seeds.
+    """
     size = branches.size(-1)
-    outs = (y.narrow(-1, start, size) + branches[..., s, :] for s, start in enumerate(starts))
-    return [blend_lost(y, out, -1, start) for out, start in zip(outs, starts, strict=True)]
+    outs = [y.narrow(-1, start, size) + branches[..., s, :] for s, start in enumerate(starts)]
+    return blend_lost(y, outs, seeds, starts, -1, like)
 
 
 def bottleneck_handed(

@@ -20,6 +20,10 @@ SHAPES = (
     ((0, 6), 1),
     ((260, 70), 1),
     ((3, 70, 40, 30), 1),
+    ((700, 5), 1),  # several rows to a vector, and some left over
+    ((19, 9, 3, 3), 1),  # short lines
+    ((70, 9001), 1),  # several strips of columns, the last one narrow
+    ((2, 6, 40_003), 1),  # long lines in several stretches
 )
 
 
@@ -104,6 +108,58 @@ def test_non_finite_first_element_is_no_shift(device: str) -> None:
     health = fresh_health(device=device)
     ops.observe(y[:, None], 1, health, 0, 1)
     assert health[:5, 0].tolist() == [2.0, 2.0, 2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(300, 60), (2, 60, 70), (5, 60, 3)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=str)
+def test_one_bad_number_spoils_no_sum(value: float, shape: tuple[int, ...], device: str) -> None:
+    """1e30 is finite, but its square is not in float32."""
+    actual, expected = fresh_health(device=device), fresh_health()
+    y = torch.randn(shape) + 1
+    for place in (y.numel() // 7, y.numel() - 1):
+        y.view(-1)[place] = value
+    for observe in ("observe", "observe_grad"):
+        getattr(ops, observe)(y.to(device), 1, actual, 0, 4)
+        getattr(reference, observe)(y, 1, expected, 0, 4)
+    assert_health_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(300, 60), (2, 60, 700), (5, 60, 3), (64, 60, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dead_channels_are_counted_one_by_one(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str
+) -> None:
+    y = torch.zeros(shape, dtype=dtype)
+    y[:, ::2] = -0.0
+    for channel in (0, 17, 18, 59):  # each is alive by its very last number
+        y[:, channel].view(shape[0], -1)[-1, -1] = torch.finfo(dtype).tiny
+    health = fresh_health(device=device)
+    ops.observe(laid_out(y, layout, 1).to(device), 1, health, 0, 60)
+    items = y.numel() / 60
+    alive = [0.0 if channel in (0, 17, 18, 59) else items for channel in range(60)]
+    assert health[3, :60].tolist() == alive
+
+
+WIDE_AND_NARROW = [(4000, 33), (9, 4, 40_000), (64, 20_000), (3, 2048, 7, 7)]
+
+
+@pytest.mark.parametrize("shape", WIDE_AND_NARROW)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, ...], layout: str) -> None:
+    y = laid_out(torch.randn(shape), layout, 1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            health = fresh_health()
+            ops.observe(y, 1, health, 0, 3)
+            ops.observe_grad(y, 1, health, 0, 3)
+        finally:
+            torch.set_num_threads(1)
+        results.append(health)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_columns_saturate(device: str) -> None:

@@ -63,6 +63,38 @@ def test_ramp_rises_and_arrives_on_time(curve: RampCurve, steps: int) -> None:
     assert all(low <= high for low, high in itertools.pairwise(alphas))
 
 
+@pytest.mark.parametrize("curve", RampCurve)
+def test_curves_follow_the_float64_formula(curve: RampCurve, device: str) -> None:
+    """All places of a block and the seeds after the last full one, over the whole curve."""
+    num_seeds = 64 * 50 + 7
+    arena, seeds = bank(num_seeds, device)
+    seeds["ramp_curve"].fill_(curve)
+    seeds["alpha_target"].fill_(1.0)
+    seeds["alpha_slope"].fill_(1e-7)
+    start = torch.linspace(0, 0.999, num_seeds)
+    seeds["ramp_progress"][:num_seeds] = start.to(device)
+    ops.tick(arena, num_seeds, 5)
+    progress = (start + torch.tensor(1e-7)).double()
+    expected = reference.ramp(curve, progress)
+    actual = seeds["alpha_blend"][:num_seeds].cpu()
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("quiet", ["dormant", "arrived"])
+def test_quiet_seeds_keep_every_bit(quiet: str, device: str) -> None:
+    arena, seeds = bank(200, device)
+    for name in ("alpha_blend", "alpha_target", "ramp_progress"):
+        seeds[name].uniform_()
+    seeds["error_count"].fill_(2)
+    if quiet == "dormant":
+        seeds["lifecycle_states"].fill_(SeedState.DORMANT)
+        seeds["alpha_slope"].fill_(0.25)
+        seeds["fault"].fill_(1)
+    before = arena.clone()
+    ops.tick(arena, 200, 3)
+    assert torch.equal(arena, before)
+
+
 def test_ramp_moves_in_running_states_only(device: str) -> None:
     arena, seeds = bank(len(SeedState), device)
     for state in SeedState:
@@ -103,7 +135,7 @@ def test_seeds_beyond_the_last_are_left_alone(device: str) -> None:
     assert seeds["alpha_blend"].count_nonzero() == 3
 
 
-@pytest.mark.parametrize("num_seeds", [1, 63, 64, 65, 5000])
+@pytest.mark.parametrize("num_seeds", [1, 63, 64, 65, 5000, 70_001])
 def test_matches_the_reference(num_seeds: int, device: str) -> None:
     block = SeedBlock(num_seeds)
     _, expected = fields_of(block)

@@ -406,7 +406,7 @@ std::vector<Tensor> blend_backward(const Tensor& grad, const std::optional<Tenso
                                    int64_t channel_dim, const std::vector<bool>& needed) {
   const Chunks places = check_blended(grad, "grad", outs, seeds, starts, alpha, channel_dim);
   check_needed(needed.size(), outs.size());
-  if (y) check_like_gradient(*y, grad);
+  if (y) check_alike(*y, "y", grad, "grad");
   Matrix matrix(grad, places, outs, seeds, starts);
   const Tensor gradient = matrix.in_same_order(grad);
   std::vector<std::optional<Tensor>> grads(needed.size());

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "matmul.h"
 #include "numeric.h"
+#include "vector_width.h"
 
 namespace esper::cpu {
 namespace {
@@ -271,46 +272,59 @@ struct Losses {
   int32_t charged = 0;  // elements of the output that only the branch kept from being finite
 };
 
-template <typename T>
-ESPER_VECTOR_CLONES Losses add_branch(T* y, const Compute<T>* branch, int64_t n, Compute<T> alpha) {
-  using C = Compute<T>;
-  Losses losses;
-  for (int64_t i = 0; i < n; ++i) {
-    const C act = static_cast<C>(y[i]);
-    const bool usable = is_finite(static_cast<T>(act + branch[i]));
+struct AddBranch {
+  template <typename T>
+  ESPER_INLINE static Losses run(T* y, const Compute<T>* branch, int64_t n, Compute<T> alpha) {
+    using C = Compute<T>;
     // A product with zero would cost the host the sign of its zeros.
-    y[i] = usable && alpha != 0 ? static_cast<T>(act + alpha * branch[i]) : y[i];
-    losses.broken += !is_finite(branch[i]);
-    losses.charged += !usable && is_finite(act);
+    const bool moves = alpha != 0;
+    Losses losses;
+    for (int64_t i = 0; i < n; ++i) {  // without a branch, so that it vectorises
+      const T host = y[i];
+      const C act = static_cast<C>(host);
+      const bool usable = is_finite(static_cast<T>(act + branch[i]));
+      const T moved = static_cast<T>(act + alpha * branch[i]);
+      y[i] = usable & moves ? moved : host;
+      losses.broken += !is_finite(branch[i]);
+      losses.charged += !usable & is_finite(act);
+    }
+    return losses;
   }
-  return losses;
-}
+};
 
 // alpha * grad where that is finite, else 0.
-template <typename T>
-ESPER_VECTOR_CLONES void weigh(const T* grad, T* result, int64_t n, Compute<T> alpha) {
-  for (int64_t i = 0; i < n; ++i) {
-    const auto g = static_cast<Compute<T>>(grad[i]);
-    result[i] = is_finite(g) ? static_cast<T>(alpha * g) : T(0);
+struct Weigh {
+  template <typename T>
+  ESPER_INLINE static void run(const T* grad, T* result, int64_t n, Compute<T> alpha) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto g = static_cast<Compute<T>>(grad[i]);
+      result[i] = is_finite(g) ? static_cast<T>(alpha * g) : T(0);
+    }
   }
-}
+};
 
-template <typename T>
-ESPER_VECTOR_CLONES void zero_where_broken(T* grad, const Compute<T>* branch, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) grad[i] = is_finite(branch[i]) ? grad[i] : T(0);
-}
+struct ZeroWhereBroken {
+  template <typename T>
+  ESPER_INLINE static void run(T* grad, const Compute<T>* branch, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) grad[i] = is_finite(branch[i]) ? grad[i] : T(0);
+  }
+};
 
-template <typename T>
-ESPER_VECTOR_CLONES void add_to(double* sums, const T* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(static_cast<Compute<T>>(x[i]));
-}
+struct AddTo {
+  template <typename T>
+  ESPER_INLINE static void run(double* sums, const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(static_cast<Compute<T>>(x[i]));
+  }
+};
 
-template <typename T>
-ESPER_VECTOR_CLONES int32_t count_non_finite(const T* x, int64_t n) {
-  int32_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += !is_finite(x[i]);
-  return count;
-}
+struct CountNonFinite {
+  template <typename T>
+  ESPER_INLINE static int32_t run(const T* x, int64_t n) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += !is_finite(x[i]);
+    return count;
+  }
+};
 
 // Replaces what is not finite by zero and returns how much that was.
 template <typename T>
@@ -320,7 +334,7 @@ int64_t make_finite(T* x, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     T* block = x + begin;
     const int64_t size = std::min(kBlock, n - begin);
-    const int32_t count = count_non_finite(block, size);
+    const int32_t count = run_widest<CountNonFinite>(block, size);
     lost += count;
     if (count > 0) std::replace_if(block, block + size, [](T v) { return !is_finite(v); }, T(0));
   }
@@ -336,7 +350,7 @@ Tensor column_sums(const Tensor& t, int64_t rows, int64_t columns) {
   torch::stable::parallel_for(0, columns, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(static_cast<size_t>(end - begin), 0.0);
     for (int64_t i = 0; i < rows; ++i) {
-      add_to(sums.data(), data + i * columns + begin, end - begin);
+      run_widest<AddTo>(sums.data(), data + i * columns + begin, end - begin);
     }
     for (int64_t j = begin; j < end; ++j) {
       out[j] = static_cast<T>(static_cast<Compute<T>>(sums[j - begin]));
@@ -364,8 +378,9 @@ std::tuple<Tensor, Tensor> forward(Tensor& y, const Tensor& inp, const Weights& 
   std::atomic<int32_t> broken = 0;
   for_each_branch_row<T>(
       activate<T>(hidden, activation), w, n, [&](int64_t s, int64_t row, const Compute<T>* branch) {
-        const Losses losses = add_branch(data + row * n.channels + starts[s], branch, n.chunk,
-                                         static_cast<Compute<T>>(alphas[seeds[s]]));
+        const Losses losses =
+            run_widest<AddBranch>(data + row * n.channels + starts[s], branch, n.chunk,
+                                  static_cast<Compute<T>>(alphas[seeds[s]]));
         if (losses.broken > 0) broken += losses.broken;
         if (losses.charged > 0) std::atomic_ref(charged[s]) += losses.charged;
       });
@@ -405,8 +420,8 @@ Tensor branch_gradient(const Tensor& grad, const Sizes& n, const Indices& seeds,
   const auto* alphas = alpha ? static_cast<const float*>(alpha->const_data_ptr()) : nullptr;
   for (int64_t row = 0; row < n.rows; ++row) {
     for (int64_t s = 0; s < n.seeds; ++s) {
-      weigh(source + row * n.channels + starts[s], data + (row * n.seeds + s) * n.chunk, n.chunk,
-            static_cast<Compute<T>>(alphas ? alphas[seeds[s]] : 1.0f));
+      run_widest<Weigh>(source + row * n.channels + starts[s], data + (row * n.seeds + s) * n.chunk,
+                        n.chunk, static_cast<Compute<T>>(alphas ? alphas[seeds[s]] : 1.0f));
     }
   }
   return result;
@@ -428,7 +443,8 @@ Gradients backward(const Tensor& grad, const Tensor& inp, const Tensor& hidden,
   auto* grad_branch_data = static_cast<T*>(grad_branch.mutable_data_ptr());
   if (lost && *static_cast<const int32_t*>(lost->const_data_ptr()) > 0) {
     for_each_branch_row<T>(a, w, n, [&](int64_t s, int64_t row, const Compute<T>* branch) {
-      zero_where_broken(grad_branch_data + (row * n.seeds + s) * n.chunk, branch, n.chunk);
+      run_widest<ZeroWhereBroken>(grad_branch_data + (row * n.seeds + s) * n.chunk, branch,
+                                  n.chunk);
     });
   }
 

@@ -68,9 +68,8 @@ void multiply_by_16_bytes(const Product<T>& p) {
   multiply_in<16>(p);
 }
 
-// Vector types take the shape of the registers before target_clones would clone a function, so
-// these are written out.
-#ifdef ESPER_HAS_VECTOR_CLONES
+// Vector types take the shape of the registers, so each width is a function of its own.
+#if defined(__x86_64__)
 template <typename T>
 __attribute__((target("avx2,fma"))) void multiply_by_32_bytes(const Product<T>& p) {
   multiply_in<32>(p);
@@ -84,7 +83,7 @@ __attribute__((target("avx512f,avx512vl,fma"))) void multiply_by_64_bytes(const 
 
 template <typename T>
 auto widest_multiply() {
-#ifdef ESPER_HAS_VECTOR_CLONES
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
     return multiply_by_64_bytes<T>;
   }

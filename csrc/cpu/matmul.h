@@ -8,15 +8,6 @@
 #include <memory>
 #include <type_traits>
 
-// Loops that carry the time are compiled once more for wider registers; the loader picks.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define ESPER_HAS_VECTOR_CLONES
-#define ESPER_VECTOR_CLONES \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
-#else
-#define ESPER_VECTOR_CLONES
-#endif
-
 namespace esper::cpu {
 
 using torch::stable::Tensor;

@@ -35,6 +35,12 @@ cudaError_t launch_observe(const Operand& y, const Columns& health, double* scra
 cudaError_t launch_observe_grad(const Operand& grad, const Columns& health, double* scratch,
                                 cudaStream_t stream);
 
+// The same for relu(x) and for the gradient that it receives; results lie in memory as x and grad.
+cudaError_t launch_relu_observe(const Operand& x, void* y, const Columns& health, double* scratch,
+                                cudaStream_t stream);
+cudaError_t launch_relu_observe_grad(const Operand& grad, const void* y, void* grad_x,
+                                     const Columns& health, double* scratch, cudaStream_t stream);
+
 cudaError_t launch_guard(const void* grad, void* result, Dtype dtype, int64_t numel,
                          float* non_finite, uint8_t* fault, cudaStream_t stream);
 

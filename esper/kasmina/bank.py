@@ -63,7 +63,7 @@ class SeedBank:
         # As tensors of their own: autograd and compilers need not know that two fields lie in one
         # arena, and refuse some views of one that are of different dtypes.
         views = typed_views(self.arena, self._layout)
-        self.fields = {name: torch.from_dlpack(view) for name, view in views.items()}
+        self.fields = {name: torch.utils.dlpack.from_dlpack(view) for name, view in views.items()}
         self._spare: deque[_Buffer] = deque(maxlen=_SPARE_BUFFERS)
         self._snapshot: tuple[_Buffer, PendingCopy] | None = None
         self._refresh: PendingCopy | None = None

@@ -7,8 +7,9 @@ operator by operator, and all seeds of a layer that carry one such artifact run 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeGuard
 
-from esper.kasmina.graph import Graph, Node, Ref, TensorSpec
+from esper.kasmina.graph import Graph, Node, Ref, TensorSpec, Value
 
 _INP, _ACT = Ref("input", "inp"), Ref("input", "act")
 _ACTIVATIONS = {f"aten.{name}.default": name for name in ("relu", "silu", "tanh", "sigmoid")}
@@ -52,25 +53,36 @@ def recognise(graph: Graph, parameters: Sequence[TensorSpec]) -> Bottleneck | No
         return None
     if not _adds_to_act(graph.nodes[-1], Ref("node", len(graph.nodes) - 2)):
         return None
-    positions: dict[str | int | None, int | None] = {None: None}
-    positions |= {spec.name: position for position, spec in enumerate(parameters)}
-    found = [positions[name] for name in (*down, *up)]
-    if sorted(p for p in found if p is not None) != list(range(len(parameters))):
-        return None
-    assert found[0] is not None and found[2] is not None
-    return Bottleneck(found[0], found[1], found[2], found[3], activation)
+    at = {spec.name: position for position, spec in enumerate(parameters)}
+    found = Bottleneck(
+        at[down.weight],
+        None if down.bias is None else at[down.bias],
+        at[up.weight],
+        None if up.bias is None else at[up.bias],
+        activation,
+    )
+    return found if sorted(found.order) == list(range(len(parameters))) else None
 
 
-def _linear(node: Node, source: Ref) -> tuple[str | int, str | int | None] | None:
-    """Return the names of weight and bias of a linear map of ``source`` by parameters."""
+class _Linear(NamedTuple):
+    """The names of its weights."""
+
+    weight: str
+    bias: str | None
+
+
+def _linear(node: Node, source: Ref) -> _Linear | None:
+    """Return the weights of ``node`` if it is a linear map of ``source`` by parameters."""
     if node.op != "aten.linear.default" or node.kwargs or node.args[0] != source:
         return None
     weight, bias = (*node.args[1:], None)[:2]
-    if not (isinstance(weight, Ref) and weight.kind == "param"):
+    if not _is_parameter(weight) or not (bias is None or _is_parameter(bias)):
         return None
-    if bias is None:
-        return weight.key, None
-    return (weight.key, bias.key) if isinstance(bias, Ref) and bias.kind == "param" else None
+    return _Linear(str(weight.key), None if bias is None else str(bias.key))
+
+
+def _is_parameter(value: Value) -> TypeGuard[Ref]:
+    return isinstance(value, Ref) and value.kind == "param"
 
 
 def _activation(node: Node) -> str | None:

@@ -48,8 +48,8 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
     return [*together, Individuals(alone)] if alone else together
 
 
-def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _for_a_compiler() -> bool:
+    return torch.compiler.is_compiling() or ops.is_exporting()
 
 
 def _artifact(seat: Seat) -> tuple[str, int]:
@@ -121,7 +121,7 @@ class Bottlenecks:
         self._usable = True
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
-        leaves = [] if _is_recorded() else self._leaves()
+        leaves = [] if _for_a_compiler() else self._leaves()
         if leaves and self._fits(inp, host, leaves[0].dtype):
             cells = self.cells
             try:
@@ -143,7 +143,7 @@ class Bottlenecks:
         return self.individuals.blend(inp, host, in_place)
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
-        leaves = [] if _is_recorded() else self._leaves()
+        leaves = [] if _for_a_compiler() else self._leaves()
         if leaves and self._fits(inp, host, leaves[0].dtype):
             cells = self.cells
             try:

@@ -333,9 +333,7 @@ class KasminaLayer:
                 self._learn_shapes(inp, out)
                 self._take_statistics(out, timer)
         except Exception as error:
-            if self._trouble is None:
-                self._trouble = f"{type(error).__name__}: {error}"
-                logger.warning("layer '%s' is not observed: %s", self.name, self._trouble)
+            self._report_trouble(error)
         if not self.kasmina.observing:
             self.rest()
 
@@ -346,6 +344,29 @@ class KasminaLayer:
                 "or the first element of it, is a floating-point tensor"
             )
         return inp, out
+
+    def observed_relu(self, inp: Tensor, timer: morph.DeviceTimer) -> Tensor | None:
+        """Return ``relu(inp)``, its statistics taken in the same pass, or None if not to be had.
+
+        Where it is None, the host computes and :meth:`observe` is told.
+        """
+        try:
+            if self.shapes is None or not inp.is_floating_point() or inp.dim() < 2:
+                return None
+            place = self._place_of_statistics(inp)
+            if place is None:
+                return None
+            out = ops.observed_relu(inp, *place)
+        except Exception as error:
+            self._report_trouble(error)
+            return None
+        self._timer = timer
+        return out
+
+    def _report_trouble(self, error: Exception) -> None:
+        if self._trouble is None:
+            self._trouble = f"{type(error).__name__}: {error}"
+            logger.warning("layer '%s' is not observed: %s", self.name, self._trouble)
 
     def _learn_shapes(self, inp: Tensor, out: Tensor) -> None:
         """Take the first forward's shapes for good: kernels are made for them."""
@@ -361,18 +382,24 @@ class KasminaLayer:
         self.num_seeds = self._seeds_that_fit(self.num_seeds)
 
     def _take_statistics(self, out: Tensor, timer: morph.DeviceTimer) -> None:
-        bank = self.kasmina.bank
-        watched = self.default_transform.training and torch.is_grad_enabled()
-        if not (self.kasmina.observing and watched) or out.device != bank.device:
+        place = self._place_of_statistics(out)
+        if place is None:
             return
-        dim = self.kind.channel_dim(out.dim())
-        if out.shape[dim] != self._known_shapes().channels:
-            return  # called with several widths: the seeds are those of another one
-        place = (dim, bank.fields["health_accumulator"], self.first_seed, self.num_seeds)
-        ops.observe(out.detach(), *place)
+        ops.observe(out, *place)
         if out.requires_grad:
             out.register_hook(functools.partial(_observe_gradient, place))
         self._timer = timer
+
+    def _place_of_statistics(self, out: Tensor) -> tuple[int, Tensor, int, int] | None:
+        """Return where the statistics of ``out`` belong, or None if none are to be taken."""
+        bank = self.kasmina.bank
+        watched = self.default_transform.training and torch.is_grad_enabled()
+        if not (self.kasmina.observing and watched) or out.device != bank.device:
+            return None
+        dim = self.kind.channel_dim(out.dim())
+        if out.shape[dim] != self._known_shapes().channels:
+            return None  # called with several widths: the seeds are those of another one
+        return dim, bank.fields["health_accumulator"], self.first_seed, self.num_seeds
 
     @property
     def timer(self) -> morph.DeviceTimer | None:

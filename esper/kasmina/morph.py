@@ -130,13 +130,17 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
         # Without seats: culled, under a class that somebody has put on top of this one.
         if seats is None or inp is None:
             return host_forward(self, *args, **kwargs)
-        if isinstance(inp, Tensor) and _may_change(self, inp):
+        if self.__dict__.get("inplace") and isinstance(inp, Tensor):
             inp = inp.clone()
         out = host_forward(self, *args, **kwargs)
         host = first_output(out)
         if host is None:
             return out
         if isinstance(host, Tensor) and isinstance(inp, Tensor) and not host.is_nested:
+            if torch.is_grad_enabled() and not _has_saved(self, inp, host):
+                # Others may modify it in place after this call, as they may not where the host has
+                # saved it; what the kernels save must not change under them.
+                inp = inp.clone()
             in_place = leaves_its_output and _is_simple(host)
             return with_first_output(out, seats.apply_to(inp, host, in_place))
         batch_first = getattr(self, "batch_first", True)
@@ -168,22 +172,18 @@ def _is_simple(out: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not out._is_view()
 
 
-def _may_change(host: nn.Module, inp: Tensor) -> bool:
-    """Whether ``inp`` may be modified in place before the kernels are done with it.
-
-    By the host itself, or by others after this call, as they may not where the host has saved it;
-    what the kernels save must not change under them.
-    """
-    if not torch.is_grad_enabled():
-        return getattr(host, "inplace", False)
+def _has_saved(host: nn.Module, inp: Tensor, out: Tensor) -> bool:
+    """Whether the host keeps ``inp`` itself for its backward pass; autocast gives it a copy."""
     weight = host._parameters.get("weight")
-    saves = weight is not None and weight.requires_grad
-    return not saves or torch.is_autocast_enabled(inp.device.type)
+    return weight is not None and weight.requires_grad and out.dtype is inp.dtype
 
 
 @made_once
 def observing_class(host: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of ``host`` that reports each forward to the module's observer."""
+    """Return the subclass of ``host`` that reports each forward to the module's observer.
+
+    A plain ReLU is computed and observed in one pass where the observer can do so.
+    """
     host_forward = host.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -192,10 +192,12 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
         if observer is None or (isinstance(inp, Tensor) and inp.is_nested):
             return host_forward(self, *args, **kwargs)
         timer = DeviceTimer(observer.device)
-        out = host_forward(self, *args, **kwargs)
+        fusible = host is nn.ReLU and not self.inplace and isinstance(inp, Tensor)
+        fused: Tensor | None = observer.observed_relu(inp, timer) if fusible else None
+        out = host_forward(self, *args, **kwargs) if fused is None else fused
         timer.stop()
-        host = first_output(out)
-        observer.observe(rows(inp), rows(host), timer)
+        if fused is None:
+            observer.observe(rows(inp), rows(first_output(out)), timer)
         return out
 
     return _subclass(host, "Observing", forward)
