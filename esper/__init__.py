@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper.contracts import Blueprint
+    from esper.kasmina.checkpoint import load, save
     from esper.kasmina.export import export
     from esper.kasmina.layer import KasminaLayer
     from esper.kasmina.model import MorphableModel, unwrap, wrap
@@ -34,6 +35,8 @@ _HOMES = {
     "Urabrask": "esper.urabrask",
     "Urza": "esper.urza",
     "export": "esper.kasmina.export",
+    "load": "esper.kasmina.checkpoint",
+    "save": "esper.kasmina.checkpoint",
     "register_site": "esper.kasmina.site_types",
     "unwrap": "esper.kasmina.model",
     "wrap": "esper.kasmina.model",
@@ -51,7 +54,9 @@ __all__ = [
     "Urabrask",
     "Urza",
     "export",
+    "load",
     "register_site",
+    "save",
     "unwrap",
     "wrap",
 ]

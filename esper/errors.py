@@ -49,6 +49,10 @@ class LeaseError(LibraryError):
     """The blueprint is leased to another forge, or to none."""
 
 
+class CheckpointError(EsperError):
+    """A checkpoint is damaged, was written by a newer Esper, or belongs to another model."""
+
+
 class WorkerError(EsperError):
     """A child process of the pipeline crashed, hung or answered with an error."""
 

@@ -486,3 +486,23 @@ def test_typed_views_show_the_same_memory() -> None:
     views = typed_views(bank.arena, bank.block.fields())
     bank.write("fault", 9, 1)
     assert views["fault"][9] == 1
+
+
+@pytest.mark.usefixtures("line")
+def test_a_far_bank_is_captured_on_both_sides_and_restored_on_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far, twin, newcomer = (SeedBank(3, CPU) for _ in range(3))
+    far.start_ramp(1, 0.5, 4, RampCurve.LINEAR)
+    far.fields["alpha_blend"][1] = 0.25  # decided by the device; the host does not know yet
+    twin.restore(far.capture())
+    assert twin.mirror["alpha_blend"][1] == 0
+    assert twin.fields["alpha_blend"][1] == 0.25
+    assert bytes(twin.block) == bytes(far.block)
+    assert torch.equal(twin.arena, far.arena)
+    monkeypatch.undo()
+    near = SeedBank(3, CPU)
+    near.restore(far.capture())
+    assert near.mirror["alpha_blend"][1] == 0.25
+    newcomer.restore(near.capture())
+    assert newcomer.fields["alpha_blend"][1] == newcomer.mirror["alpha_blend"][1] == 0.25

@@ -20,6 +20,8 @@ def test_the_public_names() -> None:
         "Urabrask",
         "Urza",
         "export",
+        "load",
+        "save",
         "register_site",
         "unwrap",
         "wrap",

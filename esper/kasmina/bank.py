@@ -239,6 +239,34 @@ class SeedBank:
 
     # ------------------------------------------------------------------ moving and copying
 
+    def capture(self) -> dict[str, Tensor]:
+        """Return copies of all fields, as the host sees them and, on CUDA, as the device does.
+
+        Synchronises with the device.
+        """
+        views = {"host": typed_views(self._host_arena, self._layout)}
+        if self._is_far:
+            views["device"] = self.fields
+        return {
+            f"{side}/{field}": view[..., : self.num_seeds].cpu().clone()
+            for side, fields in views.items()
+            for field, view in fields.items()
+        }
+
+    def restore(self, captured: dict[str, Tensor]) -> None:
+        """Take on what :meth:`capture` returned, of a bank of as many seeds on any device."""
+        mirror = typed_views(self._host_arena, self._layout)
+        for field in self._layout:
+            on_host = captured[f"host/{field}"]
+            on_device = captured.get(f"device/{field}", on_host)
+            mirror[field][..., : self.num_seeds] = on_host if self._is_far else on_device
+            if self._is_far:
+                self.fields[field][..., : self.num_seeds] = on_device.to(self.device)
+
+    @property
+    def refresh_pending(self) -> bool:
+        return self._refresh is not None
+
     def move_to(self, device: torch.device) -> None:
         """Follow the model to another device; cells have to be refreshed. Waits for the copy."""
         if device == self.device:

@@ -39,6 +39,7 @@ from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource
 from esper.kasmina.observation import Observation
+from esper.kasmina.resume import KasminaRecord, TenancyRecord
 from esper.kasmina.seat import Seat
 from esper.kasmina.site import SiteType
 from esper.kasmina.tenancy import Tenancy
@@ -104,6 +105,11 @@ class Kasmina:
     def connect(self, library: KernelSource) -> None:
         """Let kernels be loaded from ``library``."""
         self._loader = KernelLoader(library, self.cache)
+
+    @property
+    def library(self) -> KernelSource | None:
+        """The library that kernels are loaded from, or None."""
+        return None if self._loader is None else self._loader.source
 
     def layer(self, name: str) -> KasminaLayer:
         """Return a layer's handle; raises ``ValueError`` for an unknown name."""
@@ -201,9 +207,12 @@ class Kasmina:
             for seat in layer.occupants():
                 self.enrollment.enroll(layer.default_transform, seat)
 
-    def seat_taken(self, layer: KasminaLayer, seat: Seat) -> None:
+    def count_in(self, seat: Seat) -> None:
         self.num_occupied += 1
         self.cache.pin(seat.kernel.artifact_id)
+
+    def seat_taken(self, layer: KasminaLayer, seat: Seat) -> None:
+        self.count_in(seat)
         if self.enrollment is not None:
             self.enrollment.enroll(layer.default_transform, seat)
         elif seat.kernel.weights():
@@ -294,6 +303,87 @@ class Kasmina:
             twin.connect(self._loader.source)
         return twin
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def capture(self) -> KasminaRecord:
+        """Return all that a checkpoint says of the seeds beside tensors. Training thread."""
+        return KasminaRecord(
+            settings=self.settings,
+            layers=tuple(layer.capture() for layer in self.layers.values()),
+            tenancies=tuple(_captured_tenancy(tenancy) for tenancy in self.tenancies.values()),
+            epoch=self.epoch,
+            step_count=self.step_count,
+            next_due=self.next_due,
+            observing=self.observing,
+            observed_step=self._observed_step,
+            snapshot_pending=self.bank.snapshot_pending,
+            refresh_pending=self.bank.refresh_pending,
+            obeyed=tuple(self._obeyed),
+            commands=tuple(self._waiting_commands()),
+        )
+
+    def restore(self, record: KasminaRecord, kernels: dict[SeedId, Kernel]) -> None:
+        """Go on from ``record``, on a fresh model whose bank is already what it was.
+
+        Kernels are seated without events and outside of any optimizer; loads that were under way
+        start again at the next step. Training thread.
+        """
+        for saved in record.layers:
+            seats = {idx: kernel for (name, idx), kernel in kernels.items() if name == saved.name}
+            self.layers[saved.name].restore(saved, seats)
+        for tenancy in record.tenancies:
+            self._restore_tenancy(tenancy)
+        self.epoch, self.step_count = record.epoch, record.step_count
+        self.next_due, self._observed_step = record.next_due, record.observed_step
+        self._fossils = set(self.seeds_in(frozenset({SeedState.FOSSILIZED})))
+        self._obeyed = OrderedDict.fromkeys(record.obeyed)
+        for command in record.commands:
+            self.submit(command)
+        if record.snapshot_pending:
+            self.bank.begin_snapshot()
+        if record.refresh_pending:
+            self.bank.begin_refresh()
+        self.observing = record.observing
+        if self.observing:
+            morph.watch(self._hosts(), self.layers.values())
+
+    def _restore_tenancy(self, record: TenancyRecord) -> None:
+        name, seed_idx = record.seed_id
+        self.tenancies[name, seed_idx] = Tenancy(
+            self.layers[name],
+            seed_idx,
+            record.artifact_id,
+            record.strategy,
+            record.alpha,
+            record.steps_left,
+        )
+
+    def _waiting_commands(self) -> list[KasminaControlCommand]:
+        """Commands in the inbox; whoever waits there for a load by hand goes with the process."""
+        return [
+            entry.args[0]
+            for entry in self.inbox.copy()
+            if isinstance(entry, functools.partial) and entry.func == self._obey
+        ]
+
+    def seat_at_once(
+        self, layer: KasminaLayer, seed_idx: int, kernel: Kernel, state: SeedState, alpha: float
+    ) -> None:
+        """Lead a DORMANT seed to ``state`` (GRAFTING or later), from where it is moved by hand."""
+        tenancy = Tenancy(layer, seed_idx, kernel.artifact_id, alpha=alpha)
+        self._admit(tenancy, "from a state_dict")
+        layer.await_kernel(seed_idx)
+        layer.graft_new(seed_idx, kernel, None, alpha)
+        tenancy.answer(True)
+        if state >= SeedState.STABILIZATION:
+            layer.stabilize(seed_idx, alpha)
+        if state >= SeedState.EVALUATING:
+            layer.evaluate(seed_idx)
+        if state is SeedState.FINE_TUNING:
+            layer.fine_tune(seed_idx, "as in the state_dict")
+        if state is SeedState.FOSSILIZED:
+            layer.fossilize(seed_idx, "as in the state_dict")
+
     # ------------------------------------------------------------------ the stations of a tenancy
 
     def _duration(self, strategy: GraftingStrategy | None, state: SeedState) -> int | None:
@@ -350,7 +440,10 @@ class Kasmina:
 
     def _load(self, tenancy: Tenancy) -> Kernel:
         """Runs in the loading thread."""
-        layer = tenancy.layer
+        return self.kernel_for(tenancy.layer, tenancy.seed_idx, tenancy.artifact_id)
+
+    def kernel_for(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
+        """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`."""
         if self._loader is None:
             raise EsperError("no library is connected: call model.connect(library) first")
         if layer.device != self.bank.device:
@@ -358,9 +451,7 @@ class Kasmina:
                 f"layer '{layer.name}' is on {layer.device}, the seeds on {self.bank.device}: "
                 "move the wrapped model as a whole"
             )
-        return self._loader.prepare(
-            tenancy.artifact_id, layer.site(tenancy.seed_idx), layer.dtype, layer.device
-        )
+        return self._loader.prepare(artifact_id, layer.site(seed_idx), layer.dtype, layer.device)
 
     def _try_to_seat(self, tenancy: Tenancy, kernel: Kernel) -> Exception | None:
         layer, seed_idx, strategy = tenancy.layer, tenancy.seed_idx, tenancy.strategy
@@ -490,6 +581,16 @@ class Kasmina:
                 self.emit_observation(observation)
             except Exception:
                 logger.exception("the observation of step %d was not delivered", observation.step)
+
+
+def _captured_tenancy(tenancy: Tenancy) -> TenancyRecord:
+    return TenancyRecord(
+        seed_id=(tenancy.layer.name, tenancy.seed_idx),
+        artifact_id=tenancy.artifact_id,
+        strategy=tenancy.strategy,
+        alpha=tenancy.alpha,
+        steps_left=tenancy.steps_left,
+    )
 
 
 def _move_on(tenancy: Tenancy) -> None:

@@ -22,6 +22,7 @@ from esper.kasmina.bank import SeedBank, SeedCells, check_alpha
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
+from esper.kasmina.resume import LayerRecord, SeatRecord, ShapesRecord
 from esper.kasmina.seat import Chunk, Seat
 from esper.kasmina.seats import SEATS, Seats, seats_of
 from esper.kasmina.site import (
@@ -312,6 +313,57 @@ class KasminaLayer:
         self._seats().rearrange()
         return True
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def capture(self) -> LayerRecord:
+        """Return what a checkpoint says of this layer beside tensors."""
+        return LayerRecord(
+            name=self.name,
+            host=self.host_name,
+            num_seeds=self.num_seeds,
+            shapes=self._captured_shapes(),
+            seats=tuple(_captured_seat(seat) for seat in self.occupants()),
+        )
+
+    def site_in(self, record: LayerRecord, seed_idx: int) -> SiteSignature:
+        """Return what a kernel for a seed must fit, by a checkpoint's record of this layer."""
+        assert record.shapes is not None
+        shapes = record.shapes.site_shapes()
+        _, length = chunk_bounds(shapes.channels, record.num_seeds)[seed_idx]
+        return signature(self.kind, shapes, length)
+
+    def restore(self, record: LayerRecord, kernels: dict[int, Kernel]) -> None:
+        """Seat ``kernels`` (by seed index) as recorded; the bank is already what it was."""
+        self.num_seeds = record.num_seeds
+        if record.shapes is not None:
+            self.shapes = record.shapes.site_shapes()
+            self._shown = record.shapes.observed
+            self._shown_dtype = getattr(torch, record.shapes.dtype)
+            self.rest()
+        for saved in record.seats:
+            self._restore_seat(saved, kernels[saved.seed_idx])
+
+    def _captured_shapes(self) -> ShapesRecord | None:
+        if self.shapes is None:
+            return None
+        return ShapesRecord(
+            inp=self.shapes.inp,
+            out=self.shapes.out,
+            channel_dim=self.shapes.channel_dim,
+            shares_positions=self.shapes.shares_positions,
+            observed=self._shown,
+            dtype=str(self._shown_dtype).removeprefix("torch."),
+        )
+
+    def _restore_seat(self, saved: SeatRecord, kernel: Kernel) -> None:
+        seat = self._place(saved.seed_idx, kernel)
+        seat.bypassed, seat.failure = saved.bypassed, saved.failure
+        seat.learns = self.state(saved.seed_idx) in LEARNING
+        for name, parameter in kernel.named_parameters():
+            parameter.requires_grad_(name not in saved.frozen)
+        (self._seats().isolate if saved.isolated else self._seats().admit)(seat)
+        self.kasmina.count_in(seat)
+
     # ------------------------------------------------------------------ observation
 
     def arm(self) -> None:
@@ -424,6 +476,16 @@ class KasminaLayer:
 
     def _occupy(self, seed_idx: int, kernel: Kernel) -> Seat:
         """Make a seat for the kernel, and tell everybody but the module tree."""
+        seat = self._place(seed_idx, kernel)
+        bank, index = self.kasmina.bank, self.first_seed + seed_idx
+        bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
+        bank.write("error_count", index, 0)
+        bank.write("fault", index, 0)
+        self.kasmina.seat_taken(self, seat)
+        return seat
+
+    def _place(self, seed_idx: int, kernel: Kernel) -> Seat:
+        """Make a seat for the kernel on a layer that is ready to let it speak."""
         chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
         cells = SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
         seat = Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
@@ -431,11 +493,6 @@ class KasminaLayer:
         if seats_of(self.default_transform) is None:
             self.default_transform.add_module(SEATS, Seats())
         self.rest()
-        bank, index = self.kasmina.bank, self.first_seed + seed_idx
-        bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
-        bank.write("error_count", index, 0)
-        bank.write("fault", index, 0)
-        self.kasmina.seat_taken(self, seat)
         return seat
 
     def _vacate(self, seed_idx: int) -> None:
@@ -506,6 +563,18 @@ def _check_seed(seed_idx: int, num_seeds: int, layer_name: str) -> None:
         raise ValueError(
             f"Invalid seed index: {seed_idx} (layer '{layer_name}' has seeds 0 to {num_seeds - 1})"
         )
+
+
+def _captured_seat(seat: Seat) -> SeatRecord:
+    parameters = seat.kernel.named_parameters()
+    return SeatRecord(
+        seed_idx=seat.seed_idx,
+        artifact_id=seat.kernel.artifact_id,
+        isolated=seat.isolated,
+        bypassed=seat.bypassed,
+        failure=seat.failure,
+        frozen=tuple(name for name, parameter in parameters if not parameter.requires_grad),
+    )
 
 
 def _let_learn(seat: Seat, learns: bool) -> None:

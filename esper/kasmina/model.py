@@ -5,6 +5,7 @@ FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from esper.kasmina.lifecycle import OCCUPIED
 from esper.kasmina.loader import KernelSource
 from esper.kasmina.morph import WRAPPED_FROM, copy_module, made_once, reduce_to_own_class
 from esper.kasmina.selection import Targets, aliases, find_sites
+from esper.kasmina.state_dict import check_kernels_in_place, seat_missing_kernels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +106,28 @@ class MorphableModel(nn.Module):
         self.kasmina.follow(fn, _device_of(self))
         return self
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module.load_state_dict``, also from a grown model.
+
+        Kernels that are not in place come from the connected library, verified, on the calling
+        thread; they are seated in the state and at the alpha that they had, to be moved on by hand.
+        Kernels that are in place keep both. Raises :class:`EsperError`, before anything is changed,
+        if a kernel cannot be had or, with ``strict``, if one is in place that ``state_dict`` has no
+        weights for. Between two steps only.
+        """
+        if strict:
+            check_kernels_in_place(self.kasmina, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """The part of ``load_state_dict`` that a module around this one calls, too."""
+        seat_missing_kernels(self.kasmina, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MorphableModel":
         twin = cast(MorphableModel, copy_module(self, memo))
         twin.kasmina.plant()
@@ -115,7 +139,7 @@ class MorphableModel(nn.Module):
         if grown:
             raise EsperError(
                 f"a model with kernels in place cannot be pickled: {grown}; "
-                "save its state_dict() or torch.export it"
+                "esper.save it, save its state_dict() or torch.export it"
             )
         return reduce_to_own_class(self, protocol)
 

@@ -232,7 +232,7 @@ def reduce_to_own_class(module: nn.Module, protocol: Any) -> Any:
     if SEATS in module._modules:
         raise EsperError(
             f"a {own_class(type(module)).__name__} with kernels in place cannot be pickled; "
-            "save its state_dict() or torch.export it"
+            "esper.save the model, save its state_dict() or torch.export it"
         )
     state = {k: v for k, v in module.__dict__.items() if not k.startswith("_esper_")}
     own = own_class(type(module))

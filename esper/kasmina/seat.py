@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import esper.ops as ops
 from esper.kasmina.bank import SeedCells
 from esper.kasmina.kernel import Kernel
+from esper.kasmina.seat_mark import pack_mark
 from esper.kasmina.site import ChannelDim
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Seat(nn.Module):
         self.bypassed = False  # for good, after an error in a FOSSILIZED seed
         self.failure: str | None = None
         self._rank = len(kernel.manifest.site.act_shape)
-        self._rng_state: Tensor | None = None
+        self.rng_state: Tensor | None = None  # while isolated, once it has drawn
 
     def fits(self, host: Tensor) -> bool:
         """Whether the kernel was made for such an output; modules may be called with several."""
@@ -90,6 +91,15 @@ class Seat(nn.Module):
             self.kernel.artifact_id[:12],
             self.failure,
         )
+
+    def get_extra_state(self) -> Tensor:
+        """Return what ``state_dict()`` says of this seat: kernel, state and alpha, as uint8 (37,)."""
+        cells, seed_idx = self.cells, self.seed_idx
+        state = cells.bank.state(cells.first + seed_idx)
+        return pack_mark(self.kernel.artifact_id, state, cells.alpha[seed_idx : seed_idx + 1])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: the model has seen to the kernel, and lifecycle and alpha go their own way."""
 
     def _guarded(self, inp: Tensor, host: Tensor) -> Tensor:
         counters = self.cells.counters(self.seed_idx)
@@ -137,12 +147,12 @@ class Seat(nn.Module):
         try:
             yield
         finally:
-            self._rng_state = generator.get_state()
+            self.rng_state = generator.get_state()
             generator.set_state(host_state)
 
     def _first_rng_state(self, device: torch.device) -> Tensor:
-        if self._rng_state is None:
+        if self.rng_state is None:
             identity = f"{self.kernel.artifact_id} {self.seed}".encode()
             seed = int.from_bytes(hashlib.sha256(identity).digest()[:6])
-            self._rng_state = torch.Generator(device).manual_seed(seed).get_state()
-        return self._rng_state
+            self.rng_state = torch.Generator(device).manual_seed(seed).get_state()
+        return self.rng_state

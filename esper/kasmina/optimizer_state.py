@@ -1,0 +1,159 @@
+"""An optimizer's state by parameter names: groups with all options, and each parameter's state.
+
+``optimizer.load_state_dict`` goes by positions, casts states to their parameter's dtype and cannot
+know the parameters of kernels that are not in the new optimizer yet.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.errors import CheckpointError
+from esper.kasmina.tree import Place, Tensors, unpack
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return the state of ``optimizer`` with the names of ``parameters`` in their places.
+
+    Raises ``ValueError`` if it holds a parameter that is not among them.
+    """
+    names = _names_of(parameters)
+    groups = [
+        {
+            "params": _named(group["params"], names, f"group {number}"),
+            "options": {key: value for key, value in group.items() if key != "params"},
+        }
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+    state = {names[id(p)]: kept for p, kept in optimizer.state.items() if id(p) in names}
+    return {"class": _class_name(optimizer), "groups": groups, "state": state}
+
+
+def check_optimizer(
+    saved: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, Tensor],
+    kernels: set[str],
+) -> None:
+    """Raise :class:`CheckpointError` unless ``optimizer`` is fit to take on ``saved``.
+
+    It must be of the same class and have the same parameters in the same groups; ``kernels``
+    names those that it does not have yet.
+    """
+    if _class_name(optimizer) != saved["class"]:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is a {saved['class']}, got a {_class_name(optimizer)}"
+        )
+    names = _names_of(parameters)
+    given = [
+        set(_named(group["params"], names, f"group {number}"))
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+    wanted = [set(group["params"]) - kernels for group in _host_groups(saved, kernels)]
+    if len(given) != len(wanted):
+        raise CheckpointError(
+            f"the optimizer has {len(given)} parameter groups, the checkpoint has {len(wanted)}"
+        )
+    for number, (found, expected) in enumerate(zip(given, wanted, strict=True)):
+        if found != expected:
+            raise CheckpointError(
+                f"group {number} of the optimizer lacks {sorted(expected - found)} "
+                f"and has {sorted(found - expected)} more than the checkpoint's"
+            )
+
+
+def restore_optimizer(
+    saved: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, Tensor],
+    kernels: set[str],
+    tensors: Tensors,
+) -> None:
+    """Give ``optimizer`` the saved groups, in the same order, and states.
+
+    Group objects and lists of parameters stay the same objects, which schedulers and LBFGS keep.
+    """
+    present = iter(optimizer.param_groups)
+    host_groups = [id(group) for group in _host_groups(saved, kernels)]
+    groups = [
+        _restored_group(
+            next(present) if id(group) in host_groups else {"params": []},
+            group,
+            parameters,
+            tensors,
+        )
+        for group in saved["groups"]
+    ]
+    optimizer.param_groups[:] = groups
+    optimizer.state.clear()
+    names = _names_of(parameters)
+    for group in groups:
+        for parameter in group["params"]:
+            kept = saved["state"].get(names[id(parameter)])
+            if kept is not None:
+                place = _beside(parameter, group)
+                optimizer.state[parameter] = unpack(kept, tensors, place)
+
+
+def _restored_group(
+    group: dict[str, Any], saved: dict[str, Any], parameters: dict[str, Tensor], tensors: Tensors
+) -> dict[str, Any]:
+    members = group["params"]
+    members[:] = [parameters[name] for name in saved["params"]]
+    options = unpack(saved["options"], tensors, _like_the_option_in(dict(group)))
+    group.clear()
+    group.update({"params": members, **options})
+    return group
+
+
+def _beside(parameter: Tensor, group: dict[str, Any]) -> Place:
+    """States lie on their parameter's device, but a step count that no kernel reads on the CPU."""
+    on_device = group.get("capturable") or group.get("fused")
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("/step") and not on_device:
+            return tensor
+        return tensor.to(parameter.device)
+
+    return place
+
+
+def _like_the_option_in(group: dict[str, Any]) -> Place:
+    """A learning rate that is a tensor stays on the device where the user has put it."""
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        present = group.get(name.rpartition("/")[2])
+        return tensor.to(present.device) if isinstance(present, Tensor) else tensor
+
+    return place
+
+
+def _host_groups(saved: dict[str, Any], kernels: set[str]) -> Iterator[dict[str, Any]]:
+    """The groups that the user made; those of kernels alone came with the seeds."""
+    for group in saved["groups"]:
+        if not group["params"] or not kernels.issuperset(group["params"]):
+            yield group
+
+
+def _named(members: Iterable[Tensor], names: dict[int, str], place: str) -> list[str]:
+    named = []
+    for position, parameter in enumerate(members):
+        if id(parameter) not in names:
+            raise ValueError(
+                f"parameter {position} of {place} of the optimizer, of shape "
+                f"{tuple(parameter.shape)}, is none of the model's"
+            )
+        named.append(names[id(parameter)])
+    return named
+
+
+def _names_of(parameters: dict[str, Tensor]) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in parameters.items()}
+
+
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
