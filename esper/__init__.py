@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esper.contracts import Blueprint
     from esper.kasmina.checkpoint import load, save
+    from esper.kasmina.compilation import compile  # noqa: A004 - as torch.compile
     from esper.kasmina.export import export
     from esper.kasmina.layer import KasminaLayer
     from esper.kasmina.model import MorphableModel, unwrap, wrap
@@ -34,10 +35,11 @@ _HOMES = {
     "Tolaria": "esper.tolaria",
     "Urabrask": "esper.urabrask",
     "Urza": "esper.urza",
+    "compile": "esper.kasmina.compilation",
     "export": "esper.kasmina.export",
     "load": "esper.kasmina.checkpoint",
-    "save": "esper.kasmina.checkpoint",
     "register_site": "esper.kasmina.site_types",
+    "save": "esper.kasmina.checkpoint",
     "unwrap": "esper.kasmina.model",
     "wrap": "esper.kasmina.model",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "Tolaria",
     "Urabrask",
     "Urza",
+    "compile",
     "export",
     "load",
     "register_site",

@@ -149,8 +149,9 @@ class SiteSignature(Contract):
     inp_shape: tuple[int | None, ...]
     act_shape: tuple[int | None, ...]
     channel_dim: int = Field(ge=0)
-    batch_dim: int = Field(default=0, ge=0)
-    shares_positions: bool = True
+    # Left out where they say nothing: ids of before there were such sites stay what they were.
+    batch_dim: int = Field(default=0, ge=0, exclude_if=lambda dim: dim == 0)
+    shares_positions: bool = Field(default=True, exclude_if=lambda shares: shares)
     kernel_size: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()

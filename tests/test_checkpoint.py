@@ -661,7 +661,7 @@ def test_a_model_that_is_not_fresh_is_refused(saved: tuple[Path, MemoryLibrary])
     )
     assert_refused(folder, library, other, None, CheckpointError, message)
     other = esper.wrap(host(), ["0"], settings=SETTINGS)
-    message = "layer '3' that carries seeds is None in the model and Tanh in the checkpoint"
+    message = "layer '1' that carries seeds is None in the model and BatchNorm1d in the checkpoint"
     assert_refused(folder, library, other, None, CheckpointError, message)
 
 

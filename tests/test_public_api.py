@@ -19,10 +19,11 @@ def test_the_public_names() -> None:
         "Tolaria",
         "Urabrask",
         "Urza",
+        "compile",
         "export",
         "load",
-        "save",
         "register_site",
+        "save",
         "unwrap",
         "wrap",
     ]

@@ -312,10 +312,12 @@ class SeedCells:
 
     def refresh(self) -> None:
         """Take the views anew, after the bank has moved."""
+        # Through .data each has a version counter of its own. The arena's would tell compiled code,
+        # which saves alpha for its backward pass, of every change to any other cell.
         seeds = slice(self.first, self.first + self.count)
-        self.alpha = self.bank.fields["alpha_blend"][seeds]  # (count,) float32
-        self.fault = self.bank.fields["fault"][seeds]  # (count,) uint8
-        self.non_finite = self.bank.fields["health_accumulator"][4, seeds]  # (count,) float32
+        self.alpha = self.bank.fields["alpha_blend"][seeds].data  # (count,) float32
+        self.fault = self.bank.fields["fault"][seeds].data  # (count,) uint8
+        self.non_finite = self.bank.fields["health_accumulator"][4, seeds].data  # (count,) float32
         self._counters = [self._sliced(seed_idx) for seed_idx in range(self.count)]
 
     def counters(self, seed_idx: int) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ from esper.kasmina.resume import KasminaRecord, TenancyRecord
 from esper.kasmina.seat import Seat
 from esper.kasmina.site import SiteType
 from esper.kasmina.tenancy import Tenancy
+from esper.kasmina.uncompiled import Uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,14 @@ class Kasmina:
         self.inbox: deque[Callable[[], None]] = deque()
         self.tenancies: dict[SeedId, Tenancy] = {}
         self.num_occupied = 0
+        self.num_transitions = 0
+        self.to_be_shown = any(layer.shapes is None for layer in self.layers.values())
+        self.compiled_blocks: list[Any] = []  # of esper.kasmina.compilation
         self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
         self.emit_observation: Callable[[Observation], None] | None = None
         self.enrollment: Enrollment | None = None
         self.deterministic = settings.deterministic
+        self._uncompiled = Uncompiled()
         self._fossils: set[SeedId] = set()
         self._observed_step = 0
         self._obeyed: OrderedDict[str, None] = OrderedDict()
@@ -157,7 +162,9 @@ class Kasmina:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="esper-loader")
         if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
             tenancy.layer.await_kernel(tenancy.seed_idx)
-        tenancy.prepared = self._executor.submit(self._load, tenancy)
+        tenancy.prepared = self._executor.submit(
+            self.load, tenancy.layer, tenancy.seed_idx, tenancy.artifact_id
+        )
         return tenancy.prepared
 
     def settle(self, tenancy: Tenancy) -> None:
@@ -238,6 +245,7 @@ class Kasmina:
         artifact_id: str | None,
     ) -> None:
         """Follow a seed's move with its tenancy, and tell whoever listens."""
+        self.num_transitions += 1
         seed_id = (layer.name, seed_idx)
         tenancy = self.tenancies.get(seed_id)
         if tenancy is not None:
@@ -260,9 +268,24 @@ class Kasmina:
             if state in states
         ]
 
+    def precede_compiled(self, learns: bool) -> None:
+        """Have the forward that follows, of a model compiled from outside, run as it must.
+
+        An observed one runs eagerly, by a setting of the process that holds until the next step.
+        One that trains nothing need not be observed: the observation is put off.
+        """
+        if not self.observing:
+            self._uncompiled.end()
+        elif learns:
+            self._uncompiled.begin()
+        else:
+            self.next_due = self.step_count
+            self.release()
+
     def release(self) -> None:
         """Give every layer the class that it has when it is not observed."""
         self.observing = False
+        self._uncompiled.end()
         morph.unwatch(self._hosts())
 
     def _hosts(self) -> list[nn.Module]:
@@ -271,6 +294,8 @@ class Kasmina:
     def uproot(self) -> None:
         """Take leave of the model, which is unwrapped."""
         self.release()
+        for block in self.compiled_blocks:
+            block.release()
         self.close()
         for layer in self.layers.values():
             SEEDED.discard(layer.default_transform)
@@ -294,6 +319,8 @@ class Kasmina:
             "emit_observation": None,
             "enrollment": None,
             "observing": False,
+            "compiled_blocks": [],
+            "_uncompiled": Uncompiled(),
             "_loader": None,
             "_executor": None,
         }
@@ -438,11 +465,7 @@ class Kasmina:
         except EsperError as error:
             tenancy.settled.set_exception(error)
 
-    def _load(self, tenancy: Tenancy) -> Kernel:
-        """Runs in the loading thread."""
-        return self.kernel_for(tenancy.layer, tenancy.seed_idx, tenancy.artifact_id)
-
-    def kernel_for(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
+    def load(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
         """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`."""
         if self._loader is None:
             raise EsperError("no library is connected: call model.connect(library) first")

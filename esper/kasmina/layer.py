@@ -310,6 +310,7 @@ class KasminaLayer:
         if seat.bypassed:
             return False
         seat.bypassed = True
+        self.kasmina.num_transitions += 1
         self._seats().rearrange()
         return True
 
@@ -486,14 +487,26 @@ class KasminaLayer:
 
     def _place(self, seed_idx: int, kernel: Kernel) -> Seat:
         """Make a seat for the kernel on a layer that is ready to let it speak."""
-        chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
-        cells = SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
-        seat = Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
-        seat.train(self.default_transform.training)
+        seat = self.make_seat(seed_idx, kernel, self._cells())
         if seats_of(self.default_transform) is None:
             self.default_transform.add_module(SEATS, Seats())
         self.rest()
         return seat
+
+    def make_seat(self, seed_idx: int, kernel: Kernel, cells: SeedCells) -> Seat:
+        """Return a seat for the kernel, in nobody's place yet."""
+        chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
+        seat = Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
+        seat.train(self.default_transform.training)
+        return seat
+
+    def _cells(self) -> SeedCells:
+        """Return the cells of the layer, the same for all seats: a compiler that sees two tensors
+        with the same memory, of which one is written to, gives up."""
+        occupants = self.occupants()
+        if occupants:
+            return occupants[0].cells
+        return SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
 
     def _vacate(self, seed_idx: int) -> None:
         self.kasmina.bank.clear(self.first_seed + seed_idx)
@@ -533,7 +546,7 @@ class KasminaLayer:
         bank.write("lifecycle_states", index, target)
         bank.write("last_update_epoch", index, self.kasmina.epoch)
         if source in OCCUPIED and target in OCCUPIED:
-            _let_learn(self._seat(seed_idx), target in LEARNING)
+            self._seat(seed_idx).let_learn(target in LEARNING)
         self.kasmina.record_transition(self, seed_idx, source, target, reason, artifact_id)
 
     def _known_shapes(self) -> SiteShapes:
@@ -575,14 +588,6 @@ def _captured_seat(seat: Seat) -> SeatRecord:
         failure=seat.failure,
         frozen=tuple(name for name, parameter in parameters if not parameter.requires_grad),
     )
-
-
-def _let_learn(seat: Seat, learns: bool) -> None:
-    seat.learns = learns
-    for parameter in seat.parameters():
-        parameter.requires_grad_(learns)
-        if not learns:
-            parameter.grad = None  # optimizers skip it; a zero gradient would still decay it
 
 
 def _observe_gradient(place: tuple[int, Tensor, int, int], grad: Tensor) -> None:

@@ -4,6 +4,7 @@ Only the root's class is exchanged, for a cached subclass without a ``forward`` 
 FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,11 @@ from esper.kasmina.state_dict import check_kernels_in_place, seat_missing_kernel
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+if TYPE_CHECKING:
+    from esper.kasmina.compilation import BlockReport
+
+logger = logging.getLogger(__name__)
 
 _KASMINA = "_esper_kasmina"
 
@@ -93,6 +99,41 @@ class MorphableModel(nn.Module):
             or kasmina.step_count >= kasmina.next_due
         ):
             kasmina.advance()
+
+    def compile(self, **torch_compile_options: Any) -> None:
+        """Compile the model as one block, in place; :func:`esper.compile` does it in parts."""
+        from esper.kasmina.compilation import compile as compile_blocks
+
+        compile_blocks(self, blocks=[""], **torch_compile_options)
+
+    def compile_report(self) -> "list[BlockReport]":
+        """What compiling has cost each block; empty unless :func:`esper.compile` was called."""
+        return [block.report() for block in self.kasmina.compiled_blocks]
+
+    # torch.compile calls _infer_parameters before each forward of a module that has this: its way
+    # with lazy modules, which like ours do before a forward what compilers cannot trace.
+    _initialize_hook = True
+
+    def _infer_parameters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.kasmina.to_be_shown:
+            self._show(args, kwargs)
+        self.kasmina.precede_compiled(self.training and torch.is_grad_enabled())
+
+    def _show(self, args: Any, kwargs: Any) -> None:
+        """Show the layers of unknown width a forward of fake tensors: nothing is computed."""
+        from torch._subclasses.fake_tensor import FakeTensorMode  # half a compiler to import
+
+        self.kasmina.to_be_shown = False
+        if all(layer.shapes is not None for layer in self.kasmina_layers.values()):
+            return
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                self(*args, **kwargs)
+        except Exception as error:
+            logger.info("layers of unknown width remain so until they are observed: %s", error)
+            self.kasmina.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``nn.Module.zero_grad``, also for kernels in TRAINING, which are no submodules."""

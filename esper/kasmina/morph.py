@@ -189,7 +189,8 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         observer = self.__dict__.get(OBSERVER)
         inp = first_input(args, kwargs)
-        if observer is None or (isinstance(inp, Tensor) and inp.is_nested):
+        nested = isinstance(inp, Tensor) and inp.is_nested
+        if observer is None or nested or torch.compiler.is_compiling():
             return host_forward(self, *args, **kwargs)
         timer = DeviceTimer(observer.device)
         fusible = host is nn.ReLU and not self.inplace and isinstance(inp, Tensor)
@@ -221,7 +222,7 @@ def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = nn.Module.__new__(type(module))
     memo[id(module)] = twin
     for name, value in module.__dict__.items():
-        if name != OBSERVER:
+        if name not in (OBSERVER, "_compiled_call_impl"):  # which holds on to the original
             twin.__dict__[name] = copy.deepcopy(value, memo)
     lend_class(twin)
     return twin
@@ -235,6 +236,7 @@ def reduce_to_own_class(module: nn.Module, protocol: Any) -> Any:
             "esper.save the model, save its state_dict() or torch.export it"
         )
     state = {k: v for k, v in module.__dict__.items() if not k.startswith("_esper_")}
+    state.pop("_compiled_call_impl", None)
     own = own_class(type(module))
     return new_module, (own.__dict__.get(WRAPPED_FROM, own),), state
 

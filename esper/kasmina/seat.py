@@ -47,6 +47,9 @@ class Seat(nn.Module):
         self.learns = True
         self.bypassed = False  # for good, after an error in a FOSSILIZED seed
         self.failure: str | None = None
+        # Read here, as compilers cannot trace the properties that cache them.
+        self._stochastic = kernel.stochastic
+        self._keeps_act = kernel.program.keeps_act
         self._rank = len(kernel.manifest.site.act_shape)
         self.rng_state: Tensor | None = None  # while isolated, once it has drawn
 
@@ -74,6 +77,13 @@ class Seat(nn.Module):
         """Detached while the seed is frozen, whatever ``requires_grad`` says in the meantime."""
         weights = self.kernel.weights()
         return weights if self.learns else tuple(weight.detach() for weight in weights)
+
+    def let_learn(self, learns: bool) -> None:
+        self.learns = learns
+        for parameter in self.parameters():
+            parameter.requires_grad_(learns)
+            if not learns:
+                parameter.grad = None  # optimizers skip it; a zero gradient would still decay it
 
     def fail(self, error: Exception) -> None:
         """Log the first error and have the seed removed at the next step.
@@ -108,7 +118,7 @@ class Seat(nn.Module):
 
     def _isolated(self, inp: Tensor, host: Tensor) -> Tensor:
         act = self._act(host.detach())
-        if self.kernel.program.keeps_act:
+        if self._keeps_act:
             # The host may go on to modify its output in place, which would invalidate what the
             # kernel has saved for backward and raise in the user's loss.backward().
             act = act.clone()
@@ -135,8 +145,11 @@ class Seat(nn.Module):
 
     @contextlib.contextmanager
     def _own_random_numbers(self, device: torch.device) -> Iterator[None]:
-        """Let the kernel draw from a stream of its own, so that the host draws what it would."""
-        if not self.kernel.stochastic:
+        """Let the kernel draw from a stream of its own, so that the host draws what it would.
+
+        Compiled code knows one stream alone, which the two then share.
+        """
+        if not self._stochastic or torch.compiler.is_compiling():
             yield
             return
         generator = torch.default_generator

@@ -24,7 +24,7 @@ class Seats(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.isolated: dict[str, Seat] = {}
-        self._heard: list[Ensemble] | None = None  # made when they are first needed
+        self._heard: list[Ensemble] = []
         self._unheard: list[Ensemble] = []
         self.register_forward_pre_hook(_keep_off_fast_paths)  # never called, so it costs nothing
 
@@ -54,16 +54,16 @@ class Seats(nn.ModuleDict):
         self.rearrange()
 
     def rearrange(self) -> None:
-        """Form the ensembles anew before the next forward."""
-        self._heard = None
+        """Form the ensembles anew: now, since the next forward may be traced by a compiler."""
+        heard = cast(Iterable[Seat], self._modules.values())
+        self._heard = ensembles(seat for seat in heard if not seat.bypassed)
+        self._unheard = ensembles(self.isolated.values())
 
     def apply_to(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
         """Return the layer's output given the host's input and output.
 
         ``in_place``: nobody but the caller holds ``host``, and no backward pass needs it.
         """
-        if self._heard is None:
-            self._heard = self._arrange()
         out = host
         for ensemble in self._heard:
             out = ensemble.blend(inp, out, in_place)
@@ -75,14 +75,13 @@ class Seats(nn.ModuleDict):
                 out = ensemble.isolate(inp, out)
         return out
 
-    def _arrange(self) -> list[Ensemble]:
-        self._unheard = ensembles(self.isolated.values())
-        heard = cast(Iterable[Seat], self._modules.values())
-        return ensembles(seat for seat in heard if not seat.bypassed)
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies form ensembles of their own."""
-        return {**self.__dict__, "_heard": None, "_unheard": []}
+        return {**self.__dict__, "_heard": [], "_unheard": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.rearrange()
 
 
 SEATS = "esper_seeds"

@@ -3,15 +3,33 @@
 import collections
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+import esper.ops  # noqa: F401 - registers what is counted here
 from esper.contracts import EpochEvent
 from esper.kasmina.lifecycle import LEARNING, OCCUPIED
 from esper.kasmina.model import MorphableModel
 from esper.tolaria.evaluation import Batch, LossPerSample, loss_per_sample
+
+
+# Here and not beside the op, since the counter takes a quarter of a second to import.
+@register_flop_formula(torch.ops.esper.bottleneck_)
+def _(y: torch.Size, inp: torch.Size, down: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    up = rest[1]
+    return int(2 * inp[:-1].numel() * (down.numel() + up.numel()))
+
+
+@register_flop_formula(torch.ops.esper.bottleneck_backward)
+def _(*args: Any, **kwargs: Any) -> int:
+    inp, down, up, needs_inp, needs_weights = (args[i] for i in (1, 4, 6, -2, -1))
+    # Each of the two products is differentiated by its input and by its weight.
+    by_inputs = up.numel() + (down.numel() if needs_inp else 0)
+    by_weights = up.numel() + down.numel() if needs_weights else 0
+    return int(2 * inp[:-1].numel() * (by_inputs + by_weights))
 
 
 def training_flops(model: nn.Module, batch: Batch, loss_fn: LossPerSample) -> int:

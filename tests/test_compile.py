@@ -1,0 +1,629 @@
+"""torch.compile and esper.compile: what is compiled, how often, and that it computes the same."""
+
+import asyncio
+import copy
+import itertools
+import logging
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kasmina_library import Doubled, Irregular, MemoryLibrary, Residual
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import esper
+from esper.config import SeedSettings
+from esper.contracts import GraftingStrategy, RampCurve, SeedState
+from esper.errors import EsperError
+from esper.kasmina.compilation import catch_up
+from esper.kasmina.model import MorphableModel
+
+# Dynamo asks a block's input, which is no leaf, for its gradient; it hides the warning, but not
+# from filters that make an error of it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+S = SeedState
+STRATEGY = GraftingStrategy(
+    training_steps=2,
+    grafting_steps=4,
+    stabilization_steps=2,
+    fine_tuning_steps=2,
+    curve=RampCurve.LINEAR,
+)
+WHOLE_LIFE = 10  # steps from germination to EVALUATING, and one more
+FORMS = 3  # isolated, heard and learning, heard and frozen
+NEVER = 10**6
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.act = nn.Tanh()
+        self.down = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.act(self.up(x)))
+        return out
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 8), Block(), Block(), Block(), nn.Linear(8, 2))
+
+
+def wrapped(host: nn.Module, library: MemoryLibrary, observe_every: int = NEVER) -> MorphableModel:
+    settings = SeedSettings(
+        seeds_per_layer=2, deterministic=True, embargo_steps=1, observe_every=observe_every
+    )
+    model = esper.wrap(host, settings=settings)
+    model.connect(library)
+    model.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    return model
+
+
+@pytest.fixture
+def library() -> MemoryLibrary:
+    return MemoryLibrary()
+
+
+@pytest.fixture
+def model(library: MemoryLibrary) -> MorphableModel:
+    return wrapped(net(), library)
+
+
+@pytest.fixture
+def counter() -> CompileCounterWithBackend:
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+    counters.clear()
+    yield
+    assert not counters["graph_break"]
+
+
+def batch() -> Tensor:
+    return torch.randn(5, 8)
+
+
+def step(model: MorphableModel, run: Any = None) -> Tensor:
+    """Take one step of SGD, through ``run`` where the model is compiled from outside."""
+    model.zero_grad()
+    out: Tensor = (model if run is None else run)(batch())
+    out.square().mean().backward()
+    enrollment = model.kasmina.enrollment
+    assert enrollment is not None
+    enrollment.optimizer.step()
+    model.step()
+    return out.detach()
+
+
+def germinate(model: MorphableModel, name: str, seed_idx: int, artifact_id: str) -> None:
+    model.kasmina_layers[name].request_germination(seed_idx, artifact_id, STRATEGY)
+
+
+def live(model: MorphableModel, steps: int, run: Any = None) -> list[Tensor]:
+    return [step(model, run) for _ in range(steps)]
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+
+def test_a_dormant_model_compiles_to_the_graph_of_the_unwrapped_one(
+    library: MemoryLibrary,
+) -> None:
+    plain, model = net(), wrapped(net(), library)
+    explained = [torch._dynamo.explain(m)(batch()) for m in (plain, model)]
+    assert [e.graph_count for e in explained] == [1, 1]
+    assert [e.graph_break_count for e in explained] == [0, 0]
+    assert explained[0].op_count == explained[1].op_count
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_dormant_model_compiles_once_and_computes_what_the_unwrapped_one_does(
+    backend: str, library: MemoryLibrary
+) -> None:
+    plain, model = net(), wrapped(net(), library)
+    counter = CompileCounterWithBackend(backend)
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    for inp in (batch(), batch(), batch()):
+        torch.testing.assert_close(run(inp), plain(inp))
+        model.step()
+    assert counter.frame_count == 1
+
+
+def test_layers_of_unknown_width_see_the_first_forward_of_a_compiled_model(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    model = wrapped(net(), library)
+    assert model.kasmina_layers["1.act"].shapes is None
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    random = torch.get_rng_state()
+    run(torch.ones(5, 8))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.kasmina_layers["1.act"].site(0).act_shape == (None, 4)
+    run(batch())
+    assert counter.frame_count == 1
+
+
+def test_a_model_that_fake_tensors_cannot_run_compiles_all_the_same(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    class Real(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling() and torch._guards.detect_fake_mode(x):
+                raise TypeError("no fake")
+            return super().forward(x)
+
+    plain = Real()
+    model = wrapped(copy.deepcopy(plain), library, observe_every=3)
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    inp = batch()
+    torch.testing.assert_close(run(inp), plain(inp))
+    assert model.kasmina_layers["act"].shapes is None
+    live(model, 8, run)
+    assert model.kasmina_layers["act"].shapes is not None
+    assert counter.frame_count == 1
+
+
+def test_observed_steps_run_eagerly_and_compile_nothing(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    model = wrapped(net(), library, observe_every=3)
+    seen: list[int] = []
+    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    live(model, 12, run)
+    assert len(seen) >= 2
+    assert counter.frame_count == 1
+
+
+def test_an_evaluation_when_a_step_is_to_be_observed_runs_compiled_and_puts_that_off(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    model = wrapped(net(), library, observe_every=2)
+    seen: list[int] = []
+    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    live(model, 2, run)
+    assert model.kasmina.observing
+    with torch.no_grad():
+        run(batch())
+        run(batch())
+    assert not model.kasmina.observing
+    assert counter.frame_count == 2
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    live(model, 6, run)
+    assert seen
+    assert counter.frame_count == 2
+
+
+def test_observed_steps_of_blocks_run_eagerly_and_compile_nothing(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    model = wrapped(net(), library, observe_every=3)
+    seen: list[int] = []
+    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 12)
+    assert len(seen) >= 2
+    assert counter.frame_count == 1
+
+
+def test_a_whole_model_recompiles_once_per_form_and_never_for_alpha_or_culling(
+    model: MorphableModel, library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    live(model, 2, run)
+    germinate(model, "1.up", 0, library.add())
+    live(model, WHOLE_LIFE, run)
+    assert model.kasmina_layers["1.up"].state(0) is S.EVALUATING
+    assert counter.frame_count == 1 + FORMS
+    model.kasmina_layers["1.up"].cull(0, "test")
+    live(model, 3, run)
+    germinate(model, "1.up", 0, library.add())
+    live(model, WHOLE_LIFE, run)
+    model.kasmina_layers["1.up"].keep(0, "test")
+    live(model, 5, run)
+    assert model.kasmina_layers["1.up"].state(0) is S.FOSSILIZED
+    assert counter.frame_count == 1 + FORMS
+
+
+def test_a_copy_of_a_grown_model_compiles(
+    model: MorphableModel, library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    model(batch())
+    germinate(model, "1.up", 0, library.add())
+    live(model, 4)
+    twin = copy.deepcopy(model)
+    inp = batch()
+    run = torch.compile(twin, backend=counter, fullgraph=True)
+    torch.testing.assert_close(run(inp), model(inp))
+    assert counter.frame_count == 1
+
+
+# ---------------------------------------------------------------------- esper.compile
+
+
+def test_blocks_are_the_largest_repeated_modules_else_parts_else_the_model(
+    library: MemoryLibrary,
+) -> None:
+    encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    perceptron = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    stages = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 2), nn.Tanh())
+    )
+    for host, names in [
+        (net(), ["1", "2", "3"]),
+        (encoder, ["layers.0", "layers.1"]),
+        (perceptron, [""]),
+        (stages, ["0", "1"]),
+        (nn.Linear(8, 8), [""]),
+    ]:
+        model = esper.compile(wrapped(host, library), backend="eager")
+        assert [report.name for report in model.compile_report()] == names
+
+
+def test_named_blocks_alone_are_compiled(
+    model: MorphableModel, counter: CompileCounterWithBackend
+) -> None:
+    esper.compile(model, blocks=["2"], backend=counter, fullgraph=True)
+    live(model, 3)
+    [report] = model.compile_report()
+    assert (report.name, report.class_name, report.num_graphs) == ("2", "Block", 1)
+    assert counter.frame_count == 1
+
+
+def test_a_model_compiles_itself_as_one_block(
+    model: MorphableModel, counter: CompileCounterWithBackend
+) -> None:
+    model.compile(backend=counter, fullgraph=True)
+    live(model, 3)
+    assert [report.name for report in model.compile_report()] == [""]
+    assert model.kasmina_layers["1.act"].shapes is not None
+    assert counter.frame_count == 1
+
+
+def test_a_function_that_calls_the_model_compiles_to_one_graph(
+    model: MorphableModel, counter: CompileCounterWithBackend
+) -> None:
+    @torch.compile(backend=counter, fullgraph=True)
+    def doubled(inp: Tensor) -> Tensor:
+        out: Tensor = model(inp) * 2
+        return out
+
+    live(model, 3, doubled)
+    assert counter.frame_count == 1
+
+
+def test_equal_blocks_share_one_graph_and_a_germination_recompiles_its_block_alone(
+    model: MorphableModel, library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 3)
+    assert counter.frame_count == 1
+    germinate(model, "2.up", 0, library.add())
+    live(model, WHOLE_LIFE)
+    assert [r.num_recompiles for r in model.compile_report()] == [0, FORMS, 0]
+    assert model.compile_report()[1].stall_s > 0
+    germinate(model, "3.up", 0, library.add())
+    live(model, WHOLE_LIFE)
+    assert counter.frame_count == 1 + FORMS
+
+
+def test_every_new_form_compiles_once(model: MorphableModel, library: MemoryLibrary) -> None:
+    counter = CompileCounterWithBackend("eager")  # many graphs, which are only counted
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 2)
+    frames = [counter.frame_count]
+    for name, seed_idx, builder in [
+        ("1.up", 0, Residual),
+        ("1.up", 1, Residual),
+        ("2.up", 0, Irregular),
+        ("3.down", 0, Residual),
+        ("3.act", 1, Residual),
+    ]:
+        layer = model.kasmina_layers[name]
+        germinate(model, name, seed_idx, library.add(builder, layer.site(seed_idx)))
+        live(model, WHOLE_LIFE)
+        assert layer.state(seed_idx) is S.EVALUATING
+        frames.append(counter.frame_count)
+    assert [b - a for a, b in itertools.pairwise(frames)] == [FORMS] * 5
+    for name, layer in model.kasmina_layers.items():
+        for seed_idx in (0, 1):
+            if layer.state(seed_idx) is S.EVALUATING:
+                assert layer.kernel(seed_idx) is not None, name
+                layer.cull(seed_idx, "test")
+    live(model, 3)
+    assert counter.frame_count == frames[-1]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_a_compiled_life_is_an_eager_one(
+    backend: str, blockwise: bool, library: MemoryLibrary
+) -> None:
+    eager, model = wrapped(net(), library), wrapped(net(), library)
+    run = None
+    if blockwise:
+        esper.compile(model, backend=backend, fullgraph=True)
+    else:
+        run = torch.compile(model, backend=backend, fullgraph=True)
+    outs = []
+    for which, through in ((eager, None), (model, run)):
+        torch.manual_seed(3)
+        live(which, 2, through)
+        germinate(which, "1.up", 1, library.add())
+        germinate(which, "2.up", 0, library.add(Irregular))
+        outs.append(live(which, WHOLE_LIFE + 1, through))
+        with torch.no_grad():
+            outs[-1].append((which if through is None else through)(torch.ones(5, 8)))
+    torch.testing.assert_close(outs[0], outs[1])
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_isolation_does_not_reach_the_host(library: MemoryLibrary) -> None:
+    plain, model = wrapped(net(), library), wrapped(net(), library)
+    for which in (plain, model):
+        esper.compile(which, backend="aot_eager", fullgraph=True)
+    outs = []
+    for which in (plain, model):
+        torch.manual_seed(3)
+        live(which, 2)
+        if which is model:
+            germinate(which, "1.up", 0, library.add())
+        outs.append(live(which, 2))
+    assert model.kasmina_layers["1.up"].state(0) is S.TRAINING
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    [seat] = model.kasmina.isolated_seats()
+    assert all(weight.grad is not None for weight in seat.kernel.weights())
+
+
+def test_dropout_in_isolation_compiles(
+    model: MorphableModel, library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 2)
+    germinate(model, "1.up", 0, library.add(Residual, dropout=0.5))
+    live(model, 2)
+    assert model.kasmina_layers["1.up"].state(0) is S.TRAINING
+    assert counter.frame_count == 2
+
+
+def test_faults_are_counted_in_compiled_code(
+    model: MorphableModel, library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 2)
+    assert asyncio.run(model.load_kernel("1.up", 0, library.add(), alpha=0.5))
+    kernel = model.kasmina_layers["1.up"].kernel(0)
+    assert kernel is not None
+    with torch.no_grad():
+        kernel.weights()[-1].fill_(float("nan"))
+    assert all(out.isfinite().all() for out in live(model, 6))
+    assert model.kasmina_layers["1.up"].state(0) in (S.CULLED, S.DORMANT)
+
+
+# ---------------------------------------------------------------------- ahead
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_germination_compiled_ahead_recompiles_nothing(
+    backend: str, model: MorphableModel, library: MemoryLibrary
+) -> None:
+    artifacts = [library.add(), library.add(Doubled)]
+    counter = CompileCounterWithBackend(backend)
+    esper.compile(model, ahead=artifacts, backend=counter, fullgraph=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(batch())
+    random = torch.get_rng_state()
+    model(torch.ones(5, 8))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    live(model, 2)
+    frames = counter.frame_count
+    germinate(model, "2.up", 0, artifacts[0])
+    live(model, WHOLE_LIFE)
+    germinate(model, "3.down", 0, artifacts[0])
+    germinate(model, "1.up", 0, artifacts[1])
+    live(model, WHOLE_LIFE)
+    assert counter.frame_count == frames
+    assert model.kasmina_layers["3.down"].state(0) is S.EVALUATING
+    assert [r.num_recompiles for r in model.compile_report()] == [0, 0, 0]
+
+
+def test_what_is_not_compiled_ahead_runs_eagerly_until_it_may_catch_up(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    counter: CompileCounterWithBackend,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    esper.compile(model, on_germination="eager", backend=counter, fullgraph=True)
+    assert "runs uncompiled until catch_up()" in caplog.text
+    live(model, 2)
+    assert counter.frame_count == 1
+    germinate(model, "2.up", 0, library.add())
+    live(model, WHOLE_LIFE)
+    assert "block '2': runs uncompiled in its new form" in caplog.text
+    assert "block '1'" not in caplog.text
+    assert counter.frame_count == 1
+    assert [r.runs_compiled for r in model.compile_report()] == [True, False, True]
+    inp = batch()
+    expected = model(inp)
+    catch_up(model)
+    torch.testing.assert_close(model(inp), expected)
+    assert counter.frame_count == 2
+    assert [r.runs_compiled for r in model.compile_report()] == [True, True, True]
+
+
+def test_a_stall_is_said(
+    model: MorphableModel, library: MemoryLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    esper.compile(model, backend="eager", fullgraph=True)
+    live(model, 2)
+    assert "stalled" not in caplog.text
+    germinate(model, "2.up", 0, library.add())
+    live(model, 2)
+    assert "block '2': compiled another variant; this step stalled for" in caplog.text
+
+
+# ---------------------------------------------------------------------- the limit
+
+
+def test_the_limit_is_warned_of_before_it_is_reached(
+    model: MorphableModel, library: MemoryLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    esper.compile(model, recompile_limit=5, backend="eager")
+    live(model, 2)
+    germinate(model, "1.up", 0, library.add())
+    live(model, 4)
+    assert "compiled variants" not in caplog.text
+    live(model, WHOLE_LIFE)
+    assert "block '1': Block has 4 compiled variants, and torch.compile makes no more than 5" in (
+        caplog.text
+    )
+    assert "hit config.recompile_limit" not in caplog.text
+
+
+def test_more_variants_than_dynamo_allows_by_default_are_compiled(
+    model: MorphableModel, library: MemoryLibrary
+) -> None:
+    counter = CompileCounterWithBackend("eager")  # many graphs, which are only counted
+    esper.compile(model, backend=counter, fullgraph=True)
+    live(model, 2)
+    for name in ("1.up", "2.down", "3.act"):
+        layer = model.kasmina_layers[name]
+        germinate(model, name, 0, library.add(Residual, layer.site(0)))
+        live(model, WHOLE_LIFE)
+    assert counter.frame_count == 1 + 3 * FORMS > torch._dynamo.config.recompile_limit
+
+
+# ---------------------------------------------------------------------- traps
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    torch.manual_seed(2)
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_an_active_seed_is_heard_by_a_compiled_encoder_layer_in_eval_mode(
+    blockwise: bool, library: MemoryLibrary
+) -> None:
+    host = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False).eval()
+    model = wrapped(host, library)
+    inp = torch.randn(2, 3, 8)
+    run: Any = model
+    if blockwise:
+        esper.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        dormant = model(inp)
+        torch.testing.assert_close(run(inp), dormant)
+        site = model.kasmina_layers["layers.0.linear1"].site(0)
+        assert asyncio.run(
+            model.load_kernel("layers.0.linear1", 0, library.add(Residual, site), alpha=1.0)
+        )
+        grown = run(inp)
+        assert not torch.allclose(grown, dormant)
+        torch.compiler.set_stance("force_eager")
+        expected = model(inp)
+        torch.compiler.set_stance("default")
+    torch.testing.assert_close(grown, expected)
+
+
+def test_the_output_projection_of_attention_carries_no_seeds(library: MemoryLibrary) -> None:
+    model = esper.compile(wrapped(encoder_layer(), library), backend="aot_eager", fullgraph=True)
+    assert not any(name.endswith("out_proj") for name in model.kasmina_layers)
+    inp = torch.randn(2, 3, 8)
+    model(inp)
+    torch.testing.assert_close(model(inp), encoder_layer()(inp))
+
+
+def test_tools_that_look_at_exact_types_see_the_host_type_once_a_seed_is_culled(
+    model: MorphableModel, library: MemoryLibrary
+) -> None:
+    esper.compile(model, backend="aot_eager", fullgraph=True)
+    live(model, 2)
+    assert type(model[1].up) is nn.Linear
+    germinate(model, "1.up", 0, library.add())
+    live(model, 2)
+    assert type(model[1].up) is not nn.Linear
+    assert isinstance(model[1].up, nn.Linear)
+    model.kasmina_layers["1.up"].cull(0, "test")
+    assert type(model[1].up) is nn.Linear
+
+
+# ---------------------------------------------------------------------- the model stays one
+
+
+def test_a_copy_and_a_pickle_of_a_compiled_model_are_not_compiled(model: MorphableModel) -> None:
+    esper.compile(model, blocks=["", "2"], backend="aot_eager", fullgraph=True)
+    live(model, 2)
+    inp = batch()
+    twin = copy.deepcopy(model)
+    assert twin.compile_report() == []
+    torch.testing.assert_close(twin(inp), model(inp))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not torch.allclose(twin(inp), model(inp))
+    restored = pickle.loads(pickle.dumps(twin))
+    torch.testing.assert_close(restored(inp), twin(inp))
+    pickle.dumps(model)
+
+
+def test_an_unwrapped_model_is_uncompiled(
+    model: MorphableModel, counter: CompileCounterWithBackend
+) -> None:
+    esper.compile(model, backend=counter, fullgraph=True)
+    plain = esper.unwrap(model)
+    assert all("_compiled_call_impl" not in module.__dict__ for module in plain.modules())
+    plain(batch())
+    plain(batch())
+    assert counter.frame_count == 0
+
+
+def test_state_dict_keys_are_those_of_the_unwrapped_model(model: MorphableModel) -> None:
+    esper.compile(model, backend="aot_eager")
+    live(model, 2)
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_bad_arguments_are_refused_and_change_nothing(
+    model: MorphableModel, library: MemoryLibrary
+) -> None:
+    with pytest.raises(TypeError, match="expects a wrapped model, got Sequential"):
+        esper.compile(net())
+    for options, message in [
+        ({"blocks": ["9"]}, "block '9' is no module of Sequential"),
+        ({"blocks": []}, "blocks must name at least one module"),
+        ({"on_germination": "wait"}, "on_germination must be 'stall' or 'eager', got 'wait'"),
+        ({"recompile_limit": 1}, "recompile_limit must be at least 2, got 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            esper.compile(model, **options)
+    for options, message in [
+        ({"blocks": "1"}, "blocks must be a list of names, got '1'"),
+        ({"ahead": "f"}, "ahead must be a list of artifact ids, got 'f'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            esper.compile(model, **options)
+    with pytest.raises(EsperError, match="ahead needs a library"):
+        esper.compile(esper.wrap(net()), ahead=["f" * 64])
+    assert model.compile_report() == []
+    esper.compile(model, backend="eager")
+    with pytest.raises(EsperError, match="is compiled already"):
+        esper.compile(model)
