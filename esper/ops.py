@@ -453,6 +453,10 @@ def _in_order(t: Tensor, channel_dim: int, channels_last: bool) -> Tensor:
     return t.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
 
 
+class RefusedError(RuntimeError):
+    """An op refuses its arguments; nothing has been changed."""
+
+
 class BottleneckWeights(NamedTuple):
     """The weights of S seeds of one layer with rank r and c channels each, stacked along rows."""
 
@@ -511,7 +515,7 @@ def bottleneck(
         apply = _Bottleneck.apply if _transforms_active() else _apply_bottleneck
         return cast(Tensor, apply(y, inp, call, in_place, *leaves))
     result = y if in_place else y.clone()
-    _bottleneck(result, inp, *call)
+    _run_bottleneck(result, inp, call)
     return result
 
 
@@ -548,6 +552,16 @@ def isolated_bottleneck(
     return cast(Tensor, apply(y, inp.detach(), call, *leaves))
 
 
+def _run_bottleneck(y: Tensor, inp: Tensor, call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    try:
+        hidden, lost = _bottleneck(y, inp, *call)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RefusedError(str(error)) from error
+    return hidden, lost
+
+
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -557,7 +571,7 @@ class _Bottleneck(torch.autograd.Function):
             ctx.mark_dirty(y)
         else:
             y = y.clone()
-        hidden, lost = _bottleneck(y, inp, *call)
+        hidden, lost = _run_bottleneck(y, inp, call)
         ctx.save_for_backward(inp, hidden, lost, *leaves)
         # The leaves share the memory of the weights, and so the count of its changes.
         ctx.call = call
@@ -572,7 +586,11 @@ class _Bottleneck(torch.autograd.Function):
 class _IsolatedBottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, inp: Tensor, call: tuple[Any, ...], *leaves: Tensor) -> Tensor:
-        ctx.save_for_backward(inp, F.linear(inp, call[0], call[1]), None, *leaves)
+        try:
+            hidden = F.linear(inp, call[0], call[1])
+        except RuntimeError as error:
+            raise RefusedError(str(error)) from error
+        ctx.save_for_backward(inp, hidden, None, *leaves)
         ctx.call = call
         return y.detach()
 

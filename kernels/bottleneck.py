@@ -36,7 +36,10 @@ def _is_finite(x):
 
 @triton.jit
 def _tanh(z):
-    return 2 * tl.sigmoid(2 * z) - 1
+    # Near 0 the difference would cancel all digits; there the series is exact in float64.
+    square = z * z
+    series = z * (1 + square * (-1 / 3 + square * (2 / 15)))
+    return tl.where(tl.abs(z) < 0.005, series, 2 * tl.sigmoid(2 * z) - 1)
 
 
 @triton.jit
@@ -371,6 +374,7 @@ def _launch_tiles(
             )
 
 
+@torch.autocast("cuda", enabled=False)
 def bottleneck_(
     y: Tensor,
     inp: Tensor,
@@ -409,6 +413,7 @@ def bottleneck_(
     return hidden, lost
 
 
+@torch.autocast("cuda", enabled=False)
 def bottleneck_backward(
     grad: Tensor,
     inp: Tensor,

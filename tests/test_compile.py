@@ -503,11 +503,12 @@ def test_more_variants_than_dynamo_allows_by_default_are_compiled(
     counter = CompileCounterWithBackend("eager")  # many graphs, which are only counted
     esper.compile(model, backend=counter, fullgraph=True)
     live(model, 2)
-    for name in ("1.up", "2.down", "3.act"):
-        layer = model.kasmina_layers[name]
-        germinate(model, name, 0, library.add(Residual, layer.site(0)))
-        live(model, WHOLE_LIFE)
-    assert counter.frame_count == 1 + 3 * FORMS > torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=8):  # the default; torch's own tests raise it
+        for name in ("1.up", "2.down", "3.act"):
+            layer = model.kasmina_layers[name]
+            germinate(model, name, 0, library.add(Residual, layer.site(0)))
+            live(model, WHOLE_LIFE)
+    assert counter.frame_count == 1 + 3 * FORMS > 8
 
 
 # ---------------------------------------------------------------------- traps

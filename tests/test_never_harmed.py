@@ -5,6 +5,7 @@ import copy
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -321,6 +322,7 @@ def test_a_waiter_that_gives_up_does_not_disturb_the_training_thread() -> None:
     thread.join()
     layer = model.kasmina_layers["0"]
     while layer.state(1) is not S.GRAFTING:
+        time.sleep(0.001)  # for the loading thread
         model.step()
 
 

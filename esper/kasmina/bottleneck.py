@@ -42,7 +42,7 @@ class Bottleneck:
         return self.down, self.down_bias, self.up, self.up_bias
 
 
-def recognise(graph: Graph, parameters: Sequence[TensorSpec]) -> Bottleneck | None:
+def recognise(graph: Graph, parameters: Sequence[TensorSpec], act: TensorSpec) -> Bottleneck | None:
     """Return the form of ``graph``, or None if it is not a bottleneck over all ``parameters``."""
     if len(graph.nodes) not in (3, 4) or graph.output != Ref("node", len(graph.nodes) - 1):
         return None
@@ -61,7 +61,11 @@ def recognise(graph: Graph, parameters: Sequence[TensorSpec]) -> Bottleneck | No
         None if up.bias is None else at[up.bias],
         activation,
     )
-    return found if sorted(found.order) == list(range(len(parameters))) else None
+    if sorted(found.order) != list(range(len(parameters))):
+        return None
+    width, channels = parameters[found.down].shape[0], act.shape[-1]
+    # A branch of one channel would be broadcast over all of act's.
+    return found if parameters[found.up].shape == (channels, width) else None
 
 
 class _Linear(NamedTuple):

@@ -12,11 +12,12 @@ from operator import itemgetter
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import esper.ops as ops
 from esper.kasmina.bottleneck import Bottleneck
 from esper.kasmina.seat import Seat
+from esper.kasmina.stack import Stack, apart, stacked
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,17 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
     for _, same in groupby(sorted(seats, key=_artifact), key=_artifact):
         group = list(same)
         form = group[0].kernel.program.bottleneck
-        if form is None:
+        if form is None or not all(_has_plain_weights(seat) for seat in group):
             alone += group
         else:
             together.append(Bottlenecks(group, form))
     return [*together, Individuals(alone)] if alone else together
 
 
-def _for_a_compiler() -> bool:
-    return torch.compiler.is_compiling() or ops.is_exporting()
+def _has_plain_weights(seat: Seat) -> bool:
+    """Whether nobody has put a parametrization in a weight's place."""
+    kernel = seat.kernel
+    return len(kernel.weights()) == len(kernel.program.parameters)
 
 
 def _artifact(seat: Seat) -> tuple[str, int]:
@@ -99,8 +102,8 @@ class Bottlenecks:
 
     A compiler is shown their operators one by one instead, which it can fuse with their neighbours.
 
-    For several seats the op wants their weights stacked. The parameters stay what they are to
-    everybody else, optimizers included: their memory is moved to lie side by side.
+    For several seats the op wants their weights stacked, see :mod:`esper.kasmina.stack`. Where
+    they are not, or no longer, the seats run one by one.
     """
 
     def __init__(self, seats: Sequence[Seat], form: Bottleneck):
@@ -111,18 +114,18 @@ class Bottlenecks:
         self.seeds = [seat.seed_idx for seat in seats]
         self.starts = [seat.chunk.start for seat in seats]
         self._channels = seats[0].chunk.channels
+        self._device_type = self.cells.bank.device.type
         self._ranks = {rank for rank in range(2, _MAX_RANK) if seats[0].serves_rows(rank)}
         # Children of a module are found slowly.
         self._learners = [(seat, seat.kernel) for seat in seats]
         self._in_order = itemgetter(*form.order)
         self._in_places = itemgetter(*form.places)
-        self._addresses: list[int] = []  # of the leaves while they are stacked
-        self._stack: list[Tensor] = []
+        self._stack = self._arranged()
         self._usable = True
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
-        leaves = [] if _for_a_compiler() else self._leaves()
-        if leaves and self._fits(inp, host, leaves[0].dtype):
+        leaves = self._leaves_for(inp, host)
+        if leaves:
             cells = self.cells
             try:
                 return ops.bottleneck(
@@ -138,13 +141,13 @@ class Bottlenecks:
                     cells.fault,
                     in_place=in_place,
                 )
-            except Exception as error:
+            except ops.RefusedError as error:
                 self._give_up(error)
         return self.individuals.blend(inp, host, in_place)
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
-        leaves = [] if _for_a_compiler() else self._leaves()
-        if leaves and self._fits(inp, host, leaves[0].dtype):
+        leaves = self._leaves_for(inp, host)
+        if leaves:
             cells = self.cells
             try:
                 return ops.isolated_bottleneck(
@@ -158,24 +161,25 @@ class Bottlenecks:
                     cells.non_finite,
                     cells.fault,
                 )
-            except Exception as error:
+            except ops.RefusedError as error:
                 self._give_up(error)
         return self.individuals.isolate(inp, host)
 
-    def _fits(self, inp: Tensor, host: Tensor, dtype: torch.dtype) -> bool:
+    def _leaves_for(self, inp: Tensor, host: Tensor) -> list[Tensor] | None:
+        """Return the seats' weights if the op can compute this call, else None."""
+        if not self._usable or torch.compiler.is_compiling() or ops.is_exporting():
+            return None
+        leaves = self._leaves()
         shape = host.shape
-        return (
-            self._usable
-            and shape[-1] == self._channels
+        fits = (
+            shape[-1] == self._channels
             and len(shape) in self._ranks
-            and inp.dtype is host.dtype is dtype
+            and inp.dtype is host.dtype is leaves[0].dtype
+            and not torch.is_autocast_enabled(self._device_type)
         )
-
-    def _give_up(self, error: Exception) -> None:
-        """Run one by one from now on, which also shows whose fault it is."""
-        self._usable = False
-        names = ", ".join(seat.seed for seat in self.seats)
-        logger.warning("%s: not run as one: %s: %s", names, type(error).__name__, error)
+        if not fits or (len(self.seats) > 1 and not self._is_stacked(leaves)):
+            return None
+        return leaves
 
     def _leaves(self) -> list[Tensor]:
         """Return the seats' weights, one seat after the other, each in the op's order."""
@@ -184,28 +188,23 @@ class Bottlenecks:
             leaves += self._in_order(kernel.weights() if seat.learns else seat.weights())
         return leaves
 
+    def _is_stacked(self, leaves: list[Tensor]) -> bool:
+        stack = self._stack
+        return stack is not None and stack.addresses == [leaf.data_ptr() for leaf in leaves]
+
     def _weights(self, leaves: list[Tensor]) -> ops.BottleneckWeights:
-        stack = leaves if len(self.seats) == 1 else self._stacked(leaves)
+        stack = leaves if self._stack is None else self._stack.tensors
         return ops.BottleneckWeights._make(self._in_places((*stack, None)))
 
-    def _stacked(self, leaves: list[Tensor]) -> list[Tensor]:
-        """Return each kind of weight stacked along its rows, in the memory of the leaves.
+    def _give_up(self, error: ops.RefusedError) -> None:
+        """Run one by one from now on, which also shows whose fault it is."""
+        self._usable = False
+        names = ", ".join(seat.seed for seat in self.seats)
+        logger.warning("%s: not run as one: %s", names, error)
 
-        Whoever gives a parameter other memory (``module.to``, ``load_state_dict(assign=True)``)
-        finds it moved back here at the next forward.
-        """
-        if self._addresses != [leaf.data_ptr() for leaf in leaves]:
-            self._stack = [
-                _side_by_side([kernel.weights()[position] for _, kernel in self._learners])
-                for position in self.form.order
-            ]
-            self._addresses = [leaf.data_ptr() for leaf in self._leaves()]
-        return self._stack
-
-
-def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
-    """Move the parameters' memory into one tensor, stacked along the rows, and return that."""
-    stack = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, rows in zip(parameters, stack.split(parameters[0].shape[0]), strict=True):
-        parameter.data = rows
-    return stack
+    def _arranged(self) -> Stack | None:
+        weights = [kernel.weights() for _, kernel in self._learners]
+        if len(weights) == 1:
+            apart(weights[0])
+            return None
+        return stacked([[seed[position] for seed in weights] for position in self.form.order])

@@ -450,6 +450,7 @@ class Kasmina:
                 seat.cells.refresh()
                 if seat.isolated:  # the others are in the module tree
                     seat._apply(move)  # type: ignore[no-untyped-call]
+            layer.rearrange()
 
     def isolated_seats(self) -> list[Seat]:
         seats = [seat for layer in self.layers.values() for seat in layer.occupants()]

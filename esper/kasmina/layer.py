@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+# What ends a recomputation early; torch.utils.checkpoint raises it where tensors are saved.
+from torch.utils.checkpoint import _StopRecomputationError
+
 import esper.kasmina.morph as morph
 import esper.ops as ops
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
@@ -410,6 +413,8 @@ class KasminaLayer:
             if place is None:
                 return None
             out = ops.observed_relu(inp, *place)
+        except _StopRecomputationError:
+            raise
         except Exception as error:
             self._report_trouble(error)
             return None
@@ -460,6 +465,12 @@ class KasminaLayer:
         return self._timer
 
     # ------------------------------------------------------------------ seats
+
+    def rearrange(self) -> None:
+        """Have the seats compute together again, after their weights were given other memory."""
+        seats = seats_of(self.default_transform)
+        if seats is not None:
+            seats.rearrange()
 
     def occupants(self) -> list[Seat]:
         seats = seats_of(self.default_transform)

@@ -122,7 +122,7 @@ def _data(batch: Batch) -> Tensor:
 def active_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``host`` whose forward lets the layer's seats speak."""
     host_forward = host.forward
-    leaves_its_output = host_forward in _LEAVING_THEIR_OUTPUT
+    is_map = host in _MAPS
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seats = seats_of(self)
@@ -137,11 +137,11 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
         if host is None:
             return out
         if isinstance(host, Tensor) and isinstance(inp, Tensor) and not host.is_nested:
-            if torch.is_grad_enabled() and not _has_saved(self, inp, host):
+            if torch.is_grad_enabled() and not (is_map and _has_saved(self, inp, host)):
                 # Others may modify it in place after this call, as they may not where the host has
                 # saved it; what the kernels save must not change under them.
                 inp = inp.clone()
-            in_place = leaves_its_output and _is_simple(host)
+            in_place = is_map and _may_be_written_over(host)
             return with_first_output(out, seats.apply_to(inp, host, in_place))
         batch_first = getattr(self, "batch_first", True)
         blended = seats.apply_to(padded(inp, batch_first), padded(host, batch_first), False)
@@ -150,32 +150,36 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
     return _subclass(host, "Active", forward)
 
 
-# Forwards whose result is new memory that they do not save for their backward pass, so that
-# nobody misses it when it is written over.
-_LEAVING_THEIR_OUTPUT = {
-    host.forward
-    for host in (
-        nn.Linear,
-        nn.Bilinear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
+# What these return is new memory that they do not save for their backward pass, so that nobody
+# misses it when it is written over; and while their weight learns, they save their input. Their
+# subclasses may do otherwise.
+_MAPS = {
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
 }
 
 
-def _is_simple(out: Tensor) -> bool:
-    """Whether writing over ``out`` costs nothing more; for a view, autograd copies its base."""
-    return not torch.compiler.is_compiling() and not out._is_view()
+def _may_be_written_over(out: Tensor) -> bool:
+    """Whether it costs nothing more and nobody looks on: autograd copies the base of a view, and
+    selective checkpointing, for one, keeps what operators return."""
+    looked_on = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not looked_on and not out._is_view()
 
 
 def _has_saved(host: nn.Module, inp: Tensor, out: Tensor) -> bool:
-    """Whether the host keeps ``inp`` itself for its backward pass; autocast gives it a copy."""
+    """Whether a map keeps ``inp`` itself for its backward pass, and no copy in another form.
+
+    Autocast makes a copy of another dtype, matrix products one of what is not contiguous.
+    """
     weight = host._parameters.get("weight")
-    return weight is not None and weight.requires_grad and out.dtype is inp.dtype
+    learns = weight is not None and weight.requires_grad
+    return learns and out.dtype is inp.dtype and inp.is_contiguous()
 
 
 @made_once

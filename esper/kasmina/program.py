@@ -106,8 +106,8 @@ class Program:
     @cached_property
     def bottleneck(self) -> Bottleneck | None:
         """What :func:`esper.ops.bottleneck` needs to know to compute this program, if it can."""
-        form = recognise(self.train, self.parameters)
-        return form if form == recognise(self.eval, self.parameters) else None
+        form = recognise(self.train, self.parameters, self.act)
+        return form if form == recognise(self.eval, self.parameters, self.act) else None
 
     def source(self, training: bool) -> str:
         """Return the Python source that :meth:`compile` runs, for people to read."""

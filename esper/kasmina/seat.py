@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# What ends a recomputation early; torch.utils.checkpoint raises it where tensors are saved.
+from torch.utils.checkpoint import _StopRecomputationError
+
 import esper.ops as ops
 from esper.kasmina.bank import SeedCells
 from esper.kasmina.kernel import Kernel
@@ -69,9 +72,15 @@ class Seat(nn.Module):
         """Return ``out``, or None if the kernel raises: the host's output goes on without it."""
         try:
             return self._isolated(inp, host) if self.isolated else self._guarded(inp, host)
+        except _StopRecomputationError:
+            raise
         except Exception as error:
             self.fail(error)
             return None
+
+    def call_plainly(self, inp: Tensor, host: Tensor) -> Tensor:
+        """Return ``out`` with nothing guarded; raises what the kernel raises."""
+        return self._call(inp, self._act(host), self.weights())
 
     def weights(self) -> tuple[Tensor, ...]:
         """Detached while the seed is frozen, whatever ``requires_grad`` says in the meantime."""

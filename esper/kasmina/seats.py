@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import esper.reference as reference
 from esper.kasmina.ensemble import Ensemble, ensembles
 from esper.kasmina.seat import Seat
 
@@ -64,6 +65,8 @@ class Seats(nn.ModuleDict):
 
         ``in_place``: nobody but the caller holds ``host``, and no backward pass needs it.
         """
+        if not torch.compiler.is_compiling() and _is_transformed():
+            return self._apply_plainly(inp, host)
         out = host
         for ensemble in self._heard:
             out = ensemble.blend(inp, out, in_place)
@@ -75,6 +78,18 @@ class Seats(nn.ModuleDict):
                 out = ensemble.isolate(inp, out)
         return out
 
+    def _apply_plainly(self, inp: Tensor, host: Tensor) -> Tensor:
+        """Blend by operations that torch.func and forward-mode differentiation can transform."""
+        heard = cast(Iterable[Seat], self._modules.values())
+        seats = [seat for seat in heard if not seat.bypassed and seat.fits(host)]
+        if not seats:
+            return host
+        outs = [seat.call_plainly(inp, host) for seat in seats]
+        seeds = [seat.seed_idx for seat in seats]
+        starts = [seat.chunk.start for seat in seats]
+        dim = seats[0].chunk.channel_dim(host.dim())
+        return reference.blend(host, outs, seeds, starts, seats[0].cells.alpha, dim)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies form ensembles of their own."""
         return {**self.__dict__, "_heard": [], "_unheard": []}
@@ -82,6 +97,12 @@ class Seats(nn.ModuleDict):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rearrange()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work; they know no op of ours."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
 
 
 SEATS = "esper_seeds"
