@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import functools
 import logging
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -267,20 +268,6 @@ class Kasmina:
             for seed_idx, state in enumerate(layer.state_layout.lifecycle_states())
             if state in states
         ]
-
-    def precede_compiled(self, learns: bool) -> None:
-        """Have the forward that follows, of a model compiled from outside, run as it must.
-
-        An observed one runs eagerly, by a setting of the process that holds until the next step.
-        One that trains nothing need not be observed: the observation is put off.
-        """
-        if not self.observing:
-            self._uncompiled.end()
-        elif learns:
-            self._uncompiled.begin()
-        else:
-            self.next_due = self.step_count
-            self.release()
 
     def release(self) -> None:
         """Give every layer the class that it has when it is not observed."""
@@ -579,6 +566,8 @@ class Kasmina:
         self._observed_step = self.step_count
         self.next_due = self.step_count + 1  # the step that ends the observation
         morph.watch(self._hosts(), self.layers.values())
+        if "torch._dynamo" in sys.modules:  # somebody may compile
+            self._uncompiled.begin()
 
     def _end_observation(self) -> None:
         if not self.observing:

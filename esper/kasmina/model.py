@@ -110,24 +110,29 @@ class MorphableModel(nn.Module):
         """What compiling has cost each block; empty unless :func:`esper.compile` was called."""
         return [block.report() for block in self.kasmina.compiled_blocks]
 
-    # torch.compile calls _infer_parameters before each forward of a module that has this: its way
-    # with lazy modules, which like ours do before a forward what compilers cannot trace.
-    _initialize_hook = True
+    @property
+    def _initialize_hook(self) -> bool:
+        """Torch.compile calls ``_infer_parameters`` before each forward of a module that has this.
+
+        That is its way with lazy modules, which like layers of unknown width have to see a forward
+        that no compiler sees. The others are not to pay for it.
+        """
+        kasmina = self.kasmina
+        if kasmina.to_be_shown:
+            kasmina.to_be_shown = any(layer.shapes is None for layer in kasmina.layers.values())
+        if not kasmina.to_be_shown:
+            raise AttributeError("all widths are known")
+        return True
 
     def _infer_parameters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if self.kasmina.to_be_shown:
+        if self.kasmina.to_be_shown and not torch.compiler.is_compiling():
             self._show(args, kwargs)
-        self.kasmina.precede_compiled(self.training and torch.is_grad_enabled())
 
     def _show(self, args: Any, kwargs: Any) -> None:
         """Show the layers of unknown width a forward of fake tensors: nothing is computed."""
         from torch._subclasses.fake_tensor import FakeTensorMode  # half a compiler to import
 
         self.kasmina.to_be_shown = False
-        if all(layer.shapes is not None for layer in self.kasmina_layers.values()):
-            return
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                 self(*args, **kwargs)
