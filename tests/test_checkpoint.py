@@ -363,6 +363,7 @@ def test_schedulers_and_own_groups_go_on(tmp_path: Path) -> None:
         model = esper.wrap(host(), settings=SETTINGS)
         model.connect(library)
         optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2))
+        model.attach_optimizer(optimizer, lr=1e-4, weight_decay=0.0)
         schedulers = [
             lr_scheduler.MultiStepLR(optimizer, [3, 6, 9]),
             lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
@@ -380,7 +381,6 @@ def test_schedulers_and_own_groups_go_on(tmp_path: Path) -> None:
 
     library = MemoryLibrary()
     model, optimizer, schedulers = begin()
-    model.attach_optimizer(optimizer, lr=1e-4, weight_decay=0.0)
     walk(model, optimizer, S.GRAFTING, library.add(Residual, site(8, 4)))
     states = [scheduler.state_dict() for scheduler in schedulers]
     esper.save(model, tmp_path, optimizer, extra={"schedulers": states, "epoch": 7})
@@ -397,7 +397,9 @@ def test_schedulers_and_own_groups_go_on(tmp_path: Path) -> None:
     for scheduler, state in zip(resumed, extra["schedulers"], strict=True):
         scheduler.load_state_dict(state)
     assert len(again.param_groups) == 2
-    assert twin.kasmina.enrollment.group_options == {"lr": 1e-4, "weight_decay": 0.0}
+    [attachment] = twin.kasmina.enrollment.attachments
+    assert attachment.optimizer is again
+    assert attachment.group_options == {"lr": 1e-4, "weight_decay": 0.0}
     assert_same(go_on(twin, again, resumed), expected)
 
 
@@ -527,7 +529,7 @@ def test_without_an_optimizer_the_model_alone_comes_back(tmp_path: Path) -> None
     assert esper.load(tmp_path, twin, library=library) == {}
     inp = torch.randn(5, 8)
     assert torch.equal(twin.eval()(inp), model.eval()(inp))
-    assert twin.kasmina.enrollment is None
+    assert not twin.kasmina.enrollment.attachments
 
 
 # ---------------------------------------------------------------------- what is refused

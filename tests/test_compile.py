@@ -99,9 +99,8 @@ def step(model: MorphableModel, run: Any = None) -> Tensor:
     model.zero_grad()
     out: Tensor = (model if run is None else run)(batch())
     out.square().mean().backward()
-    enrollment = model.kasmina.enrollment
-    assert enrollment is not None
-    enrollment.optimizer.step()
+    [attachment] = model.kasmina.enrollment.attachments
+    attachment.optimizer.step()
     model.step()
     return out.detach()
 

@@ -210,9 +210,7 @@ def _load_wrapped(
     if library is not None:
         model.connect(library)
     if optimizer is not None:
-        restore_optimizer(
-            saved.records["optimizer"], optimizer, _parameters(model), learnable, saved.tensors
-        )
+        restore_optimizer(saved.records["optimizer"], optimizer, _parameters(model), saved.tensors)
         options = saved.value("group_options")
         if options is not None:
             model.attach_optimizer(optimizer, **options)
@@ -390,10 +388,8 @@ def _tensors_of(state: Mapping[str, Any]) -> Tensors:
 def _group_options(
     model: MorphableModel, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, Any] | None:
-    enrollment = model.kasmina.enrollment
-    if enrollment is None or enrollment.optimizer is not optimizer:
-        return None
-    return enrollment.group_options
+    attachment = model.kasmina.enrollment.attachment_of(optimizer)
+    return None if attachment is None else attachment.group_options
 
 
 def _without_aliases(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:

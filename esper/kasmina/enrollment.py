@@ -1,45 +1,266 @@
-"""Kernels' parameters in the user's optimizer: they join it when seated and leave it when culled."""
+"""Kernels' parameters in the user's optimizers: they join one when seated, and leave when culled.
 
-from typing import Any
+A parameter joins the group that holds its layer's own parameters, or its optimizer's one group of
+seeds, made when the optimizer is attached: schedulers that are made afterwards count it in.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from esper.errors import EsperError
+from esper.kasmina.kernel import Kernel
+from esper.kasmina.optimizer_state import SEED_GROUP
 from esper.kasmina.seat import Seat
+from esper.kasmina.seats import SEATS
+
+if TYPE_CHECKING:
+    from esper.kasmina.layer import KasminaLayer
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """One optimizer, and the options of its group of seeds, if it has one."""
+
+    optimizer: torch.optim.Optimizer
+    group_options: dict[str, Any]
+
+    def seed_group(self) -> Group | None:
+        """Looked up each time, as ``load_state_dict`` exchanges the groups."""
+        return next((g for g in self.optimizer.param_groups if g.get(SEED_GROUP)), None)
+
+    def admit_seeds(self) -> None:
+        """Give the optimizer its group of seeds, unless it has it."""
+        if not self.group_options or self.seed_group() is not None:
+            return
+        optimizer = self.optimizer
+        _check_can_have_seed_group(optimizer, self.group_options)
+        named: Group = {"param_names": []} if "param_names" in optimizer.param_groups[0] else {}
+        group = {"params": [], **self.group_options, SEED_GROUP: True, **named}
+        optimizer.add_param_group(group)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What takes a parameter in."""
+
+    optimizer: torch.optim.Optimizer
+    group: Group
 
 
 class Enrollment:
-    """The user's optimizer, and the options of groups of their own for seeds, if there are any."""
+    """The optimizers that the user has attached, each for its own part of the model."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]):
-        self.optimizer = optimizer
-        self.group_options = group_options
+    def __init__(self, layers: "Mapping[str, KasminaLayer]"):
+        self.layers = layers
+        self.attachments: list[Attachment] = []
 
-    def enroll(self, host: nn.Module, seat: Seat) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
+        """Take in an optimizer, in the place of those that have parameters in common with it.
+
+        An optimizer that is attached already stays as it is. Seats whose parameters it is to
+        move join it. Raises ``ValueError``, and nothing is changed, for options other than it is
+        attached with or that it cannot have, and :class:`EsperError` if it refuses a seat.
+        """
+        present = self.attachment_of(optimizer)
+        if present is None:
+            self._add(Attachment(optimizer, group_options))
+        elif group_options and group_options != present.group_options:
+            raise ValueError(
+                f"{type(optimizer).__name__} is attached with {present.group_options}, "
+                f"got {group_options}; change the options in its param_groups"
+            )
+
+    def attachment_of(self, optimizer: torch.optim.Optimizer | None) -> Attachment | None:
+        return next((a for a in self.attachments if a.optimizer is optimizer), None)
+
+    def check(self, layer: "KasminaLayer", kernel: Kernel) -> None:
+        """Raise :class:`EsperError` if the optimizers do not take a kernel for ``layer``.
+
+        They are asked by a step of a new optimizer of the same class and options on zeros.
+        """
+        if not self.attachments:
+            return
+        for place, weights in self._places(layer, kernel.weights()):
+            _check_takes(place, weights)
+
+    def enroll(self, layer: "KasminaLayer", seat: Seat) -> None:
         """Add a seat's parameters, if they are not there yet."""
-        groups = self.optimizer.param_groups
-        known = {id(parameter) for group in groups for parameter in group["params"]}
-        weights = [weight for weight in seat.parameters() if id(weight) not in known]
-        if not weights:
-            return
-        if self.group_options:
-            self.optimizer.add_param_group({"params": weights, **self.group_options})
-            return
-        # Into a group that is there already, which the user's scheduler knows.
-        own = {id(parameter) for parameter in host.parameters(recurse=False)}
-        homes = [g for g in groups if any(id(parameter) in own for parameter in g["params"])]
-        (homes or groups)[0]["params"].extend(weights)
+        names = {id(weight): name for name, weight in seat.named_parameters()}
+        for place, weights in self._places(layer, tuple(seat.parameters())):
+            place.group["params"].extend(weights)
+            _begin_states(place.optimizer, place.group, weights)
+            if "param_names" in place.group:
+                prefix = f"{layer.name}." * bool(layer.name) + f"{SEATS}.{seat.seed_idx}."
+                place.group["param_names"].extend(prefix + names[id(w)] for w in weights)
 
     def dismiss(self, seat: Seat) -> None:
-        """Remove a seat's parameters with their state, and a group that held nothing else."""
-        ids = {id(parameter) for parameter in seat.parameters()}
-        emptied = []
-        for group in self.optimizer.param_groups:
-            leaving = [parameter for parameter in group["params"] if id(parameter) in ids]
-            for parameter in leaving:
-                self.optimizer.state.pop(parameter, None)
-            group["params"] = [p for p in group["params"] if id(p) not in ids]
-            if leaving and not group["params"]:
-                emptied.append(id(group))
-        remaining = [g for g in self.optimizer.param_groups if id(g) not in emptied]
-        self.optimizer.param_groups[:] = remaining
+        """Remove a seat's parameters with their state; groups and lists stay the same objects."""
+        leaving = {id(parameter) for parameter in seat.parameters()}
+        for attachment in self.attachments:
+            for parameter in seat.parameters():
+                attachment.optimizer.state.pop(parameter, None)
+            if isinstance(attachment.optimizer, torch.optim.LBFGS):
+                _begin_anew(attachment.optimizer, leaving)
+            for group in attachment.optimizer.param_groups:
+                _remove(leaving, group)
+
+    def _add(self, new: Attachment) -> None:
+        before, num_groups = self.attachments, len(new.optimizer.param_groups)
+        self.attachments = [a for a in before if _disjoint(a.optimizer, new.optimizer)] + [new]
+        try:
+            new.admit_seeds()
+            seats = [(layer, seat) for layer in self.layers.values() for seat in layer.occupants()]
+            for layer, seat in seats:
+                self.check(layer, seat.kernel)
+        except Exception:
+            self.attachments = before
+            del new.optimizer.param_groups[num_groups:]
+            raise
+        for layer, seat in seats:
+            self.enroll(layer, seat)
+
+    def _places(
+        self, layer: "KasminaLayer", weights: tuple[nn.Parameter, ...]
+    ) -> list[tuple[Place, list[nn.Parameter]]]:
+        """Return where those of ``weights`` go that are in no optimizer yet."""
+        homes = {
+            id(parameter): (attachment, group)
+            for attachment in self.attachments
+            for group in attachment.optimizer.param_groups
+            for parameter in group["params"]
+        }
+        chosen: dict[int, tuple[Place, list[nn.Parameter]]] = {}
+        for weight in weights:
+            if id(weight) in homes:
+                continue
+            attachment, group = self._home(homes, layer, weight)
+            group = attachment.seed_group() or group
+            place = Place(attachment.optimizer, group)
+            chosen.setdefault(id(group), (place, []))[1].append(weight)
+        return list(chosen.values())
+
+    def _home(
+        self, homes: dict[int, tuple[Attachment, Group]], layer: "KasminaLayer", weight: Tensor
+    ) -> tuple[Attachment, Group]:
+        """Matrices go with matrices and vectors with vectors: users part them for weight decay."""
+        for near in _by_nearness(self.layers, layer):
+            own = [p for p in near.default_transform.parameters() if id(p) in homes]
+            alike = [p for p in own if (p.dim() > 1) == (weight.dim() > 1)]
+            if own:
+                return homes[id((alike or own)[0])]
+        first = self.attachments[0]
+        return first, first.optimizer.param_groups[0]
+
+
+def _by_nearness(
+    layers: "Mapping[str, KasminaLayer]", layer: "KasminaLayer"
+) -> "Iterator[KasminaLayer]":
+    """The layer, then those with which it shares more modules, then those closer in order.
+
+    Activations have no parameters of their own, and join those of their surroundings.
+    """
+    order = list(layers.values())
+    here, path = order.index(layer), layer.name.split(".")
+
+    def distance(entry: "tuple[int, KasminaLayer]") -> tuple[bool, int, int]:
+        position, other = entry
+        shared = 0
+        for mine, others in zip(path, other.name.split("."), strict=False):
+            if mine != others:
+                break
+            shared += 1
+        return position != here, -shared, abs(position - here)
+
+    yield from (other for _, other in sorted(enumerate(order), key=distance))
+
+
+def _check_takes(place: Place, weights: list[nn.Parameter]) -> None:
+    optimizer, name = place.optimizer, type(place.optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise EsperError(
+            f"{name} keeps one history of all its parameters, so that none can join it"
+        )
+    try:
+        with torch.enable_grad():
+            _try_on_zeros(place, weights)
+    except Exception as error:
+        shapes = [tuple(weight.shape) for weight in weights]
+        raise EsperError(f"{name} does not take the kernel's weights {shapes}: {error}") from error
+
+
+def _try_on_zeros(place: Place, weights: list[nn.Parameter]) -> None:
+    """Step a new optimizer that such weights join after its first step.
+
+    A class that cannot be made of parameters and the options of a group is not tried.
+    """
+    make = type(place.optimizer)
+    accepted = inspect.signature(make).parameters.keys() - {"params"}
+    options = {name: value for name, value in place.group.items() if name in accepted}
+    elder, *newcomers = (nn.Parameter(torch.zeros_like(w)) for w in (weights[0], *weights))
+    try:
+        inspect.signature(make).bind([elder], **options)
+    except TypeError:
+        return
+    trial: Any = make([elder, *newcomers], **options)
+    elder.grad = torch.zeros_like(elder)
+    trial.step(lambda: 0.0)
+    _begin_states(trial, trial.param_groups[0], newcomers)
+    for newcomer in newcomers:
+        newcomer.grad = torch.zeros_like(newcomer)
+    trial.step(lambda: 0.0)
+
+
+def _begin_states(
+    optimizer: torch.optim.Optimizer, group: Group, newcomers: list[nn.Parameter]
+) -> None:
+    """Spare fused SGD a list of momenta some of which are None, at which it raises."""
+    if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+        for newcomer in newcomers:
+            optimizer.state[newcomer]["momentum_buffer"] = torch.zeros_like(newcomer)
+
+
+def _check_can_have_seed_group(
+    optimizer: torch.optim.Optimizer, group_options: dict[str, Any]
+) -> None:
+    name, has_one_group = type(optimizer).__name__, isinstance(optimizer, torch.optim.LBFGS)
+    unknown = sorted(group_options.keys() - optimizer.defaults.keys())
+    if unknown:
+        raise ValueError(f"{name} has no options {unknown}, only {sorted(optimizer.defaults)}")
+    if has_one_group:
+        raise ValueError(
+            f"{name} has one parameter group alone, so seeds cannot have {group_options}"
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # torch's mark
+        raise ValueError(
+            f"{name} has a learning rate scheduler already, which does not know of a group of seeds "
+            f"with {group_options}: attach the optimizer before you make the scheduler"
+        )
+
+
+def _begin_anew(optimizer: torch.optim.LBFGS, leaving: set[int]) -> None:
+    """Forget the history of a vector that held what is leaving, as it does not fit a shorter one."""
+    if not leaving.isdisjoint(_members(optimizer)):
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+
+
+def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
+    return _members(one).isdisjoint(_members(other))
+
+
+def _members(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _remove(leaving: set[int], group: Group) -> None:
+    stays = [id(parameter) not in leaving for parameter in group["params"]]
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key][:] = [entry for entry, kept in zip(group[key], stays, strict=True) if kept]

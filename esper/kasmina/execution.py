@@ -86,7 +86,7 @@ class Kasmina:
         self.compiled_blocks: list[Any] = []  # of esper.kasmina.compilation
         self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
         self.emit_observation: Callable[[Observation], None] | None = None
-        self.enrollment: Enrollment | None = None
+        self.enrollment = Enrollment(self.layers)
         self.deterministic = settings.deterministic
         self._uncompiled = Uncompiled()
         self._fossils: set[SeedId] = set()
@@ -208,21 +208,14 @@ class Kasmina:
             self.bank.begin_refresh()
         self._remove_quarantined()
 
-    def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
-        """Have the kernels' parameters, present and future, moved by ``optimizer``."""
-        self.enrollment = Enrollment(optimizer, group_options)
-        for layer in self.layers.values():
-            for seat in layer.occupants():
-                self.enrollment.enroll(layer.default_transform, seat)
-
     def count_in(self, seat: Seat) -> None:
         self.num_occupied += 1
         self.cache.pin(seat.kernel.artifact_id)
 
     def seat_taken(self, layer: KasminaLayer, seat: Seat) -> None:
         self.count_in(seat)
-        if self.enrollment is not None:
-            self.enrollment.enroll(layer.default_transform, seat)
+        if self.enrollment.attachments:
+            self.enrollment.enroll(layer, seat)
         elif seat.kernel.weights():
             logger.warning(
                 "%s: its kernel will not learn: no optimizer is attached to the model "
@@ -233,8 +226,7 @@ class Kasmina:
     def seat_given_back(self, seat: Seat) -> None:
         self.num_occupied -= 1
         self.cache.unpin(seat.kernel.artifact_id)
-        if self.enrollment is not None:
-            self.enrollment.dismiss(seat)
+        self.enrollment.dismiss(seat)
 
     def record_transition(
         self,
@@ -304,7 +296,7 @@ class Kasmina:
             "inbox": deque(),
             "emit_lifecycle": None,
             "emit_observation": None,
-            "enrollment": None,
+            "enrollment": None,  # below, as it needs the layers
             "observing": False,
             "compiled_blocks": [],
             "_uncompiled": Uncompiled(),
@@ -313,6 +305,7 @@ class Kasmina:
         }
         for name, value in self.__dict__.items():
             twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+        twin.enrollment = Enrollment(twin.layers)
         if self._loader is not None:
             twin.connect(self._loader.source)
         return twin
@@ -471,6 +464,10 @@ class Kasmina:
                 f"layer '{layer.name}' has a forward of its own on the instance, which an active "
                 "class cannot reach"
             )
+        try:
+            self.enrollment.check(layer, kernel)
+        except EsperError as error:
+            return error
         if strategy is not None and kernel.weights():
             layer.train(seed_idx, kernel)
         else:

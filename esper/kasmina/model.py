@@ -54,14 +54,19 @@ class MorphableModel(nn.Module):
     def attach_optimizer(self, optimizer: torch.optim.Optimizer, **group_options: Any) -> None:
         """Have the parameters of kernels, present and future, moved by ``optimizer``.
 
-        They join the group of their layer's own parameters, so that schedulers go on to work, or
-        become groups of their own with ``group_options`` such as ``lr`` (schedulers that keep a
-        list of learning rates, such as LambdaLR, do not take groups that come later). They leave,
-        with their state, when their seed is culled.
+        They join the group of their layer's own parameters, matrices that of matrices and vectors
+        that of vectors, or, with ``group_options`` such as ``lr``, one group of all seeds that is
+        added at once: make schedulers afterwards. They leave, with their state, when their seed is
+        culled. A kernel that the optimizer does not take is culled as it is loaded.
+
+        Several optimizers, each for its own part of the model, may be attached; one that shares
+        parameters with another takes its place. Raises ``ValueError`` for options that the
+        optimizer cannot have, and :class:`EsperError` if it does not take a kernel in place;
+        nothing is changed then.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.kasmina.attach(optimizer, group_options)
+        self.kasmina.enrollment.attach(optimizer, group_options)
 
     async def load_kernel(
         self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3

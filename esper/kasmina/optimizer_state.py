@@ -13,6 +13,8 @@ from torch import Tensor
 from esper.errors import CheckpointError
 from esper.kasmina.tree import Place, Tensors, unpack
 
+SEED_GROUP = "esper_seeds"  # the option that marks a group made for seeds
+
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
@@ -52,8 +54,9 @@ def check_optimizer(
     given = [
         set(_named(group["params"], names, f"group {number}"))
         for number, group in enumerate(optimizer.param_groups)
+        if not group.get(SEED_GROUP)
     ]
-    wanted = [set(group["params"]) - kernels for group in _host_groups(saved, kernels)]
+    wanted = [set(group["params"]) - kernels for group in _host_groups(saved)]
     if len(given) != len(wanted):
         raise CheckpointError(
             f"the optimizer has {len(given)} parameter groups, the checkpoint has {len(wanted)}"
@@ -70,18 +73,17 @@ def restore_optimizer(
     saved: dict[str, Any],
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, Tensor],
-    kernels: set[str],
     tensors: Tensors,
 ) -> None:
     """Give ``optimizer`` the saved groups, in the same order, and states.
 
     Group objects and lists of parameters stay the same objects, which schedulers and LBFGS keep.
     """
-    present = iter(optimizer.param_groups)
-    host_groups = [id(group) for group in _host_groups(saved, kernels)]
+    host_groups = (group for group in optimizer.param_groups if not group.get(SEED_GROUP))
+    seed_groups = (group for group in optimizer.param_groups if group.get(SEED_GROUP))
     groups = [
         _restored_group(
-            next(present) if id(group) in host_groups else {"params": []},
+            next(seed_groups, {"params": []}) if _is_for_seeds(group) else next(host_groups),
             group,
             parameters,
             tensors,
@@ -132,11 +134,13 @@ def _like_the_option_in(group: dict[str, Any]) -> Place:
     return place
 
 
-def _host_groups(saved: dict[str, Any], kernels: set[str]) -> Iterator[dict[str, Any]]:
-    """The groups that the user made; those of kernels alone came with the seeds."""
-    for group in saved["groups"]:
-        if not group["params"] or not kernels.issuperset(group["params"]):
-            yield group
+def _host_groups(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The groups that the user made."""
+    return (group for group in saved["groups"] if not _is_for_seeds(group))
+
+
+def _is_for_seeds(group: dict[str, Any]) -> bool:
+    return bool(group["options"].get(SEED_GROUP))
 
 
 def _named(members: Iterable[Tensor], names: dict[int, str], place: str) -> list[str]:

@@ -68,6 +68,8 @@ def seat_missing_kernels(kasmina: "Kasmina", state_dict: Mapping[str, Any], pref
         (name, seed_idx): kasmina.load(kasmina.layers[name], seed_idx, mark.artifact_id)
         for (name, seed_idx), mark in missing.items()
     }
+    for (name, _), kernel in kernels.items():
+        kasmina.enrollment.check(kasmina.layers[name], kernel)
     for (name, seed_idx), mark in missing.items():
         kernel = kernels[name, seed_idx]
         kasmina.seat_at_once(kasmina.layers[name], seed_idx, kernel, mark.state, mark.alpha)
