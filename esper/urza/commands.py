@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
+import esper.urza.sqlite as sqlite
 from esper.errors import EsperError, LibraryError
-from esper.urza import sqlite
 from esper.urza.audit import AuditLog
 from esper.urza.blobs import checked_digest
 from esper.urza.database import Database, sqlite_url

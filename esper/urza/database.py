@@ -9,8 +9,9 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+import esper.urza.postgres as postgres
+import esper.urza.sqlite as sqlite
 from esper.errors import LibraryError
-from esper.urza import postgres, sqlite
 from esper.urza.schema import REVISION, SUPERSEDED, alembic_version, metadata, schema_version
 
 _FIRST = "0001"  # the schema that was not yet numbered by alembic
