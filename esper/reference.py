@@ -310,18 +310,6 @@ def bottleneck(y: Tensor, branches: Tensor, starts: Sequence[int], alpha: Tensor
     return y
 
 
-def bottleneck_lost(
-    y: Tensor, branches: Tensor, seeds: Sequence[int], starts: Sequence[int], like: Tensor
-) -> Tensor:
-    """Return for each seed how many elements only its branch kept from being finite.
-
-    The result has the shape and dtype of ``like``, a field of the seeds.
-    """
-    size = branches.size(-1)
-    outs = [y.narrow(-1, start, size) + branches[..., s, :] for s, start in enumerate(starts)]
-    return blend_lost(y, outs, seeds, starts, -1, like)
-
-
 def bottleneck_handed(
     grad: Tensor, branches: Tensor, starts: Sequence[int], alpha: Tensor
 ) -> Tensor:

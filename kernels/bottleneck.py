@@ -389,7 +389,7 @@ def bottleneck_(
     non_finite: Tensor,
     fault: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Do what ``esper.ops.bottleneck`` promises, in place; return ``inp @ down.T + down_bias``
+    """Do what ``esper.bottleneck.bottleneck`` promises, in place; return ``inp @ down.T + down_bias``
     and how many elements of the branches are not finite, int32 (1,).
     """
     _check("y", y, inp, (down, down_bias, up, up_bias), activation, seeds, starts)

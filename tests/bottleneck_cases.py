@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from esper import ops, reference
+import esper.bottleneck as fused
+from esper import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +55,7 @@ class Sample:
     y: Tensor
     inp: Tensor
     grad: Tensor
-    weights: ops.BottleneckWeights
+    weights: fused.BottleneckWeights
     bank: Bank
 
     @property
@@ -75,7 +76,9 @@ class Sample:
         return [torch.nn.Parameter(part) for parts in zip(*rows, strict=True) for part in parts]
 
     def double(self) -> "Sample":
-        weights = ops.BottleneckWeights(*(None if w is None else w.double() for w in self.weights))
+        weights = fused.BottleneckWeights(
+            *(None if w is None else w.double() for w in self.weights)
+        )
         wide = (t.double() for t in (self.y, self.inp, self.grad))
         return Sample(self.case, self.activation, *wide, weights, self.bank)
 
@@ -103,7 +106,7 @@ def make_sample(
         random(*case.leading, case.channels),
         random(*case.leading, case.inputs),
         random(*case.leading, case.channels),
-        ops.BottleneckWeights(
+        fused.BottleneckWeights(
             random(hidden, case.inputs, scale=max(case.inputs, 1) ** -0.5),
             random(hidden) if case.has_bias else None,
             random(branch, case.rank, scale=max(case.rank, 1) ** -0.5),

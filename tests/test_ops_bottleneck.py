@@ -18,7 +18,8 @@ from bottleneck_cases import make_sample as make
 from tolerances import RELATIVE_NORM, assert_close, matches_storage, relative_error
 from torch import Tensor
 
-from esper import ops, reference
+import esper.bottleneck as fused
+from esper import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PAIR = Case((5,), 7, 12, 3, 4, (4, 1), (8, 2))
@@ -27,7 +28,7 @@ PAIR = Case((5,), 7, 12, 3, 4, (4, 1), (8, 2))
 def run(sample: Sample, leaves: list[Tensor] | None = None, **options: bool) -> Tensor:
     leaves = sample.leaves() if leaves is None else leaves
     bank = sample.bank
-    return ops.bottleneck(
+    return fused.bottleneck(
         sample.y,
         sample.inp,
         sample.weights,
@@ -42,7 +43,7 @@ def run(sample: Sample, leaves: list[Tensor] | None = None, **options: bool) -> 
 
 def run_isolated(sample: Sample, leaves: list[Tensor]) -> Tensor:
     sites, cells = sample.sites, sample.cells
-    return ops.isolated_bottleneck(
+    return fused.isolated_bottleneck(
         sample.y, sample.inp, sample.weights, leaves, sample.activation, *sites, *cells
     )
 
@@ -71,11 +72,11 @@ def test_literals(device: str) -> None:
     y = tensor([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]).requires_grad_()
     inp = tensor([1.0, -2.0], [3.0, 1.0]).requires_grad_()
     down, up = tensor([1.0, 1.0]).requires_grad_(), tensor([2.0], [-4.0]).requires_grad_()
-    weights = ops.BottleneckWeights(down, None, up, None)
+    weights = fused.BottleneckWeights(down, None, up, None)
     alpha, non_finite = torch.tensor([0.0, 0.5], device=device), torch.zeros(2, device=device)
     fault = torch.zeros(2, dtype=torch.uint8, device=device)
 
-    result = ops.bottleneck(
+    result = fused.bottleneck(
         y, inp, weights, (down, up), "relu", (1,), (1,), alpha, non_finite, fault
     )
 
@@ -147,12 +148,12 @@ def test_a_group_equals_separate_calls(isolated: bool, device: str) -> None:
     per_seed = len(leaves) // num_seeds
     for s, (seed, start) in enumerate(zip(*sample.sites, strict=True)):
         own = leaves[s * per_seed : (s + 1) * per_seed]
-        weights = ops.BottleneckWeights(*own)
+        weights = fused.BottleneckWeights(*own)
         at = weights, own, sample.activation, (seed,), (start,)
         if isolated:
-            result = ops.isolated_bottleneck(y, sample.inp, *at, *sample.cells)
+            result = fused.isolated_bottleneck(y, sample.inp, *at, *sample.cells)
         else:
-            result = ops.bottleneck(y, sample.inp, *at, sample.bank.alpha, *sample.cells)
+            result = fused.bottleneck(y, sample.inp, *at, sample.bank.alpha, *sample.cells)
         chunk = slice(start, start + sample.case.chunk)
         assert_close(result[:, chunk], together[:, chunk].double(), "chunk")
         alone = torch.autograd.grad(result, own, sample.grad)
@@ -221,7 +222,7 @@ def test_any_layout(layout: str, device: str) -> None:
                 return t[:1].expand(t.shape)
 
     sample = make(PAIR, device=device)
-    weights = ops.BottleneckWeights(*(laid_out(w) if w.dim() > 1 else w for w in sample.weights))
+    weights = fused.BottleneckWeights(*(laid_out(w) if w.dim() > 1 else w for w in sample.weights))
     y, inp, grad = (laid_out(t) for t in (sample.y, sample.inp, sample.grad))
     values = Sample(PAIR, sample.activation, y, inp, grad, weights, sample.bank)
     leaves = values.leaves()
@@ -330,9 +331,9 @@ def differentiable(activation: str) -> tuple[Callable[..., Tensor], list[Tensor]
 
     def bottleneck(y: Tensor, inp: Tensor, *leaves: Tensor) -> Tensor:
         rows = stacked(sample, [leaf.detach() for leaf in leaves])
-        weights = ops.BottleneckWeights(*rows)
+        weights = fused.BottleneckWeights(*rows)
         at = leaves, activation, *sample.sites
-        return ops.bottleneck(y, inp, weights, *at, bank.alpha, *sample.cells)
+        return fused.bottleneck(y, inp, weights, *at, bank.alpha, *sample.cells)
 
     return bottleneck, inputs, sample
 
@@ -390,51 +391,6 @@ def test_opcheck(with_bias: bool, device: str) -> None:
             torch.ops.esper.bottleneck_backward.default,
             (sample.grad, sample.inp, hidden, lost, *site, *cells, *needs),
         )
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_counts_and_differentiates(backend: str) -> None:
-    torch.compiler.reset()
-    sample = make(PAIR)
-    sample.weights.up[4:5] = torch.inf
-    leaves = sample.leaves()
-    inputs = [sample.y.requires_grad_(), sample.inp.requires_grad_(), *leaves]
-    result = torch.compile(run, fullgraph=True, backend=backend)(sample, leaves)
-    counted = sample.bank.non_finite.tolist()
-    assert counted == [0, 5, 0, 0, 0, 0]
-    grads = torch.autograd.grad(result, inputs, sample.grad)
-    eager = run(sample, leaves)
-    assert sample.bank.non_finite[1].item() > counted[1]
-    assert_close(result, eager.double(), "bottleneck")
-    for mine, wanted in zip(grads, torch.autograd.grad(eager, inputs, sample.grad), strict=True):
-        assert_close(mine, wanted.double(), "gradient")
-
-
-def test_compiled_isolated_differentiates() -> None:
-    torch.compiler.reset()
-    sample = make(PAIR)
-    y, leaves = sample.y.requires_grad_(), sample.leaves()
-    compiled = torch.compile(run_isolated, fullgraph=True, backend="aot_eager")
-    grad_y, *grads = torch.autograd.grad(compiled(sample, leaves), [y, *leaves], sample.grad)
-    assert torch.equal(grad_y, sample.grad)
-    assert_grads_close(sample, stacked(sample, grads), isolated=True)
-
-
-def test_exported_is_plain_pytorch() -> None:
-    sample = make(PAIR)
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.leaves = torch.nn.ParameterList(sample.leaves())
-
-        def forward(self, y: Tensor, inp: Tensor) -> Tensor:
-            at = sample.weights, [*self.leaves], "gelu", *sample.sites
-            return ops.bottleneck(y, inp, *at, sample.bank.alpha, *sample.cells)
-
-    program = torch.export.export(Layer(), (sample.y, sample.inp))
-    assert "esper" not in str(program.graph)
-    assert_close(program.module()(sample.y, sample.inp), run(sample).double(), "bottleneck")
 
 
 def test_functorch_is_refused_aloud() -> None:

@@ -1,4 +1,4 @@
-"""Recognising the programs that :func:`esper.ops.bottleneck` computes in one go.
+"""Recognising the programs that :func:`esper.bottleneck.bottleneck` computes in one go.
 
 Most designs for a layer whose channels are last are two linear maps with an activation between,
 added to the host's output. What such a program does is known in full, so its seeds need not be run

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import esper.bottleneck as bottleneck
 import esper.ops as ops
 from esper.kasmina.bottleneck import Bottleneck
 from esper.kasmina.seat import Seat
@@ -128,7 +129,7 @@ class Bottlenecks:
         if leaves:
             cells = self.cells
             try:
-                return ops.bottleneck(
+                return bottleneck.bottleneck(
                     host,
                     inp,
                     self._weights(leaves),
@@ -141,7 +142,7 @@ class Bottlenecks:
                     cells.fault,
                     in_place=in_place,
                 )
-            except ops.RefusedError as error:
+            except bottleneck.RefusedError as error:
                 self._give_up(error)
         return self.individuals.blend(inp, host, in_place)
 
@@ -150,7 +151,7 @@ class Bottlenecks:
         if leaves:
             cells = self.cells
             try:
-                return ops.isolated_bottleneck(
+                return bottleneck.isolated_bottleneck(
                     host,
                     inp,
                     self._weights(leaves),
@@ -161,7 +162,7 @@ class Bottlenecks:
                     cells.non_finite,
                     cells.fault,
                 )
-            except ops.RefusedError as error:
+            except bottleneck.RefusedError as error:
                 self._give_up(error)
         return self.individuals.isolate(inp, host)
 
@@ -192,11 +193,11 @@ class Bottlenecks:
         stack = self._stack
         return stack is not None and stack.addresses == [leaf.data_ptr() for leaf in leaves]
 
-    def _weights(self, leaves: list[Tensor]) -> ops.BottleneckWeights:
+    def _weights(self, leaves: list[Tensor]) -> bottleneck.BottleneckWeights:
         stack = leaves if self._stack is None else self._stack.tensors
-        return ops.BottleneckWeights._make(self._in_places((*stack, None)))
+        return bottleneck.BottleneckWeights._make(self._in_places((*stack, None)))
 
-    def _give_up(self, error: ops.RefusedError) -> None:
+    def _give_up(self, error: bottleneck.RefusedError) -> None:
         """Run one by one from now on, which also shows whose fault it is."""
         self._usable = False
         names = ", ".join(seat.seed for seat in self.seats)

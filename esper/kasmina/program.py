@@ -105,7 +105,7 @@ class Program:
 
     @cached_property
     def bottleneck(self) -> Bottleneck | None:
-        """What :func:`esper.ops.bottleneck` needs to know to compute this program, if it can."""
+        """What :func:`esper.bottleneck.bottleneck` needs to know to compute this program, if it can."""
         form = recognise(self.train, self.parameters, self.act)
         return form if form == recognise(self.eval, self.parameters, self.act) else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import esper.ops  # noqa: F401 - registers what is counted here
+import esper.ops  # noqa: F401 - loads what is counted here
 from esper.contracts import EpochEvent
 from esper.kasmina.lifecycle import LEARNING, OCCUPIED
 from esper.kasmina.model import MorphableModel
