@@ -24,6 +24,11 @@ if not _LIBRARY.exists():
     )
 torch.ops.load_library(_LIBRARY)
 
+# They return nothing to differentiate, so autograd need not look at what they are given.
+_AUTOGRAD = torch.library.Library("esper", "IMPL", "Autograd")
+for _op in ("observe", "observe_grad"):
+    _AUTOGRAD.impl(_op, torch.library.fallthrough_kernel)
+
 if torch.version.cuda is not None and find_spec("triton") is not None:
     from esper.kernels import blend as _triton
 
@@ -56,7 +61,7 @@ def observe(y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_se
     are changed in place: count, mean and M2 of the finite elements, the number of elements in
     channels that are zero throughout, and the number of non-finite elements.
     """
-    torch.ops.esper.observe(y.detach(), channel_dim, health, first_seed, num_seeds)
+    torch.ops.esper.observe(y, channel_dim, health, first_seed, num_seeds)
 
 
 def observe_grad(
@@ -66,7 +71,7 @@ def observe_grad(
 
     Arguments as for :func:`observe`; row 5 of ``health`` is changed in place.
     """
-    torch.ops.esper.observe_grad(grad.detach(), channel_dim, health, first_seed, num_seeds)
+    torch.ops.esper.observe_grad(grad, channel_dim, health, first_seed, num_seeds)
 
 
 def relu_observe(

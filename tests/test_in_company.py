@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import esper
+import esper.kasmina.observer as observer
 from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.kasmina.model import MorphableModel
@@ -77,7 +78,8 @@ def test_a_checkpointed_block_may_end_in_a_seeded_layer(
     assert healthy(model, state)
 
 
-def test_a_checkpointed_block_may_end_in_an_observed_relu() -> None:
+def test_a_checkpointed_block_may_end_in_an_observed_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observer, "FUSED_FROM_NUMEL", 0)
     net = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
     plain = copy.deepcopy(net)
     model = esper.wrap(net, settings=SeedSettings(seeds_per_layer=2, observe_every=1))

@@ -12,6 +12,7 @@ from tolerances import matches_storage
 from torch import Tensor, nn
 
 import esper
+import esper.kasmina.observer as observer
 from esper import ops, reference
 from esper.config import SeedSettings
 
@@ -174,10 +175,16 @@ def cnn() -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
 
 
+@pytest.fixture
+def fused_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observer, "FUSED_FROM_NUMEL", 0)
+
+
 MODELS = {"mlp": (mlp, (5, 8)), "cnn": (cnn, (2, 3, 9, 9))}
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("fused_at_any_size")
 def test_observed_steps_leave_the_host_bit_for_bit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +214,7 @@ def test_observed_steps_leave_the_host_bit_for_bit(
     assert len(calls) >= 4
 
 
+@pytest.mark.usefixtures("fused_at_any_size")
 def test_an_observed_model_books_what_separate_passes_book(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,7 +225,7 @@ def test_an_observed_model_books_what_separate_passes_book(
         if not fused:
             layers = model.kasmina_layers.values()
             for layer in layers:
-                monkeypatch.setattr(layer, "observed_relu", lambda *_: None)
+                monkeypatch.setattr(layer.observer, "relu", lambda *_: None)
         seen: list[Tensor] = []
         model.kasmina.emit_observation = lambda o, s=seen: s.append(
             o.snapshot.fields["health_accumulator"].clone()
@@ -230,6 +238,7 @@ def test_an_observed_model_books_what_separate_passes_book(
     assert_health_close(healths[0], healths[1].double())
 
 
+@pytest.mark.usefixtures("fused_at_any_size")
 def test_an_inplace_relu_is_observed_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("must not be fused")
@@ -240,9 +249,10 @@ def test_an_inplace_relu_is_observed_as_ever(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(4):
         model(torch.randn(5, 8)).sum().backward()
         model.step()
-    assert model.kasmina_layers["1"]._trouble is None
+    assert model.kasmina_layers["1"].observer.trouble is None
 
 
+@pytest.mark.usefixtures("fused_at_any_size")
 def test_what_goes_wrong_in_the_fused_op_leaves_the_host_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,3 +298,23 @@ def test_wrong_arguments(change: dict[str, object], message: str) -> None:
 def test_integers_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"x must be float32, .* got Int"):
         ops.relu_observe(torch.zeros(2, 4).int(), 1, fresh_health(), 0, 2)
+
+
+def test_small_activations_are_observed_by_a_read_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused_sizes = []
+    fused = ops.observed_relu
+
+    def counted(x: Tensor, *place: object) -> Tensor:
+        fused_sizes.append(x.numel())
+        return fused(x, *place)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "observed_relu", counted)
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 512), nn.ReLU()), telemetry_enabled=True)
+    model(torch.randn(1, 8))
+    model.kasmina.next_due = 0
+    model.step()
+    for batch in (observer.FUSED_FROM_NUMEL // 512, 2):
+        model(torch.randn(batch, 8))
+    assert fused_sizes == [observer.FUSED_FROM_NUMEL]

@@ -352,7 +352,7 @@ class Kasmina:
             self.bank.begin_refresh()
         self.observing = record.observing
         if self.observing:
-            morph.watch(self._hosts(), self.layers.values())
+            morph.watch(self._hosts(), [layer.observer for layer in self.layers.values()])
 
     def _restore_tenancy(self, record: TenancyRecord) -> None:
         name, seed_idx = record.seed_id
@@ -562,7 +562,7 @@ class Kasmina:
         self.bank.reset_health()
         self._observed_step = self.step_count
         self.next_due = self.step_count + 1  # the step that ends the observation
-        morph.watch(self._hosts(), self.layers.values())
+        morph.watch(self._hosts(), [layer.observer for layer in self.layers.values()])
         if "torch._dynamo" in sys.modules:  # somebody may compile
             self._uncompiled.begin()
 
@@ -585,7 +585,7 @@ class Kasmina:
             return
         self.next_due = self._observed_step + self.settings.observe_every
         if self.emit_observation is not None:
-            watched = tuple((layer, layer.timer) for layer in self.layers.values())
+            watched = tuple((layer, layer.observer.timer) for layer in self.layers.values())
             observation = Observation(snapshot, watched, self.epoch, self._observed_step)
             try:
                 self.emit_observation(observation)

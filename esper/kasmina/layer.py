@@ -6,7 +6,6 @@ steps, unless they say otherwise.
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,17 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-# What ends a recomputation early; torch.utils.checkpoint raises it where tensors are saved.
-from torch.utils.checkpoint import _StopRecomputationError
-
 import esper.kasmina.morph as morph
-import esper.ops as ops
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.errors import EsperError, LifecycleError
 from esper.kasmina.bank import SeedBank, SeedCells, check_alpha
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
+from esper.kasmina.observer import Observer
 from esper.kasmina.resume import LayerRecord, SeatRecord, ShapesRecord
 from esper.kasmina.seat import Chunk, Seat
 from esper.kasmina.seats import SEATS, Seats, seats_of
@@ -92,10 +88,9 @@ class KasminaLayer:
         self.kind = kind
         self.shapes = declared_shapes(kind)
         self.first_seed = first_seed
-        self._shown = False  # shapes are from a forward, not from the module's attributes
+        self.shown = False  # shapes are from a forward, not from the module's attributes
+        self.observer = Observer(self)
         self._shown_dtype = torch.get_default_dtype()
-        self._trouble: str | None = None
-        self._timer: morph.DeviceTimer | None = None
         self.num_seeds = self._seeds_that_fit(kasmina.settings.seeds_per_layer)
 
     @property
@@ -341,7 +336,7 @@ class KasminaLayer:
         self.num_seeds = record.num_seeds
         if record.shapes is not None:
             self.shapes = record.shapes.site_shapes()
-            self._shown = record.shapes.observed
+            self.shown = record.shapes.observed
             self._shown_dtype = getattr(torch, record.shapes.dtype)
             self.rest()
         for saved in record.seats:
@@ -355,7 +350,7 @@ class KasminaLayer:
             out=self.shapes.out,
             channel_dim=self.shapes.channel_dim,
             shares_positions=self.shapes.shares_positions,
-            observed=self._shown,
+            observed=self.shown,
             dtype=str(self._shown_dtype).removeprefix("torch."),
         )
 
@@ -371,98 +366,27 @@ class KasminaLayer:
     # ------------------------------------------------------------------ observation
 
     def arm(self) -> None:
-        """Let the next forwards report to :meth:`observe`."""
-        morph.watch([self.default_transform], [self])
+        """Let the next forwards be seen by the layer's observer."""
+        morph.watch([self.default_transform], [self.observer])
 
     def rest(self) -> None:
         """Give the layer the class that it has when it is not observed."""
         morph.lend_class(self.default_transform)
 
-    def observe(self, inp: Tensor | None, out: Tensor | None, timer: morph.DeviceTimer) -> None:
-        """Take in one forward: shapes the first time, statistics on observed training steps.
-
-        Watching must not disturb what is watched: whatever goes wrong is logged once per layer.
-        """
-        try:
-            inp, out = self._one_tensor_each(inp, out)
-            if out.dim() > 1:
-                self._learn_shapes(inp, out)
-                self._take_statistics(out, timer)
-        except Exception as error:
-            self._report_trouble(error)
-        if not self.kasmina.observing:
-            self.rest()
-
-    def _one_tensor_each(self, inp: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        if inp is None or out is None:
-            raise TypeError(
-                f"seeds need a {self.host_name} whose first input is a tensor, and whose output, "
-                "or the first element of it, is a floating-point tensor"
-            )
-        return inp, out
-
-    def observed_relu(self, inp: Tensor, timer: morph.DeviceTimer) -> Tensor | None:
-        """Return ``relu(inp)``, its statistics taken in the same pass, or None if not to be had.
-
-        Where it is None, the host computes and :meth:`observe` is told.
-        """
-        try:
-            if self.shapes is None or not inp.is_floating_point() or inp.dim() < 2:
-                return None
-            place = self._place_of_statistics(inp)
-            if place is None:
-                return None
-            out = ops.observed_relu(inp, *place)
-        except _StopRecomputationError:
-            raise
-        except Exception as error:
-            self._report_trouble(error)
-            return None
-        self._timer = timer
-        return out
-
-    def _report_trouble(self, error: Exception) -> None:
-        if self._trouble is None:
-            self._trouble = f"{type(error).__name__}: {error}"
-            logger.warning("layer '%s' is not observed: %s", self.name, self._trouble)
-
-    def _learn_shapes(self, inp: Tensor, out: Tensor) -> None:
+    def learn_shapes(self, inp: Tensor, out: Tensor) -> None:
         """Take the first forward's shapes for good: kernels are made for them."""
+        if self.shown:
+            return
         shapes = observed_shapes(self.kind, inp, out)
-        if self._shown or shapes is None:
+        if shapes is None:
             return
         if self.shapes is not None and self.shapes.channels != shapes.channels:
             return
-        self._shown = True
+        self.shown = True
         self.shapes = shapes
         if not torch.is_autocast_enabled(out.device.type):
             self._shown_dtype = out.dtype
         self.num_seeds = self._seeds_that_fit(self.num_seeds)
-
-    def _take_statistics(self, out: Tensor, timer: morph.DeviceTimer) -> None:
-        place = self._place_of_statistics(out)
-        if place is None:
-            return
-        ops.observe(out, *place)
-        if out.requires_grad:
-            out.register_hook(functools.partial(_observe_gradient, place))
-        self._timer = timer
-
-    def _place_of_statistics(self, out: Tensor) -> tuple[int, Tensor, int, int] | None:
-        """Return where the statistics of ``out`` belong, or None if none are to be taken."""
-        bank = self.kasmina.bank
-        watched = self.default_transform.training and torch.is_grad_enabled()
-        if not (self.kasmina.observing and watched) or out.device != bank.device:
-            return None
-        dim = self.kind.channel_dim(out.dim())
-        if out.shape[dim] != self._known_shapes().channels:
-            return None  # called with several widths: the seeds are those of another one
-        return dim, bank.fields["health_accumulator"], self.first_seed, self.num_seeds
-
-    @property
-    def timer(self) -> morph.DeviceTimer | None:
-        """The timer of the last observed forward, None before the first."""
-        return self._timer
 
     # ------------------------------------------------------------------ seats
 
@@ -564,7 +488,7 @@ class KasminaLayer:
         if self.shapes is None:
             raise EsperError(
                 f"layer '{self.name}' ({self.host_name}) has shown no output yet, so its width is "
-                f"unknown; {self._trouble or 'run one forward first'}"
+                f"unknown; {self.observer.trouble or 'run one forward first'}"
             )
         return self.shapes
 
@@ -599,7 +523,3 @@ def _captured_seat(seat: Seat) -> SeatRecord:
         failure=seat.failure,
         frozen=tuple(name for name, parameter in parameters if not parameter.requires_grad),
     )
-
-
-def _observe_gradient(place: tuple[int, Tensor, int, int], grad: Tensor) -> None:
-    ops.observe_grad(grad, *place)

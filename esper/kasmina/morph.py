@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esper.errors import EsperError
-from esper.kasmina.ragged import Batch, as_batch, padded, rows, unpadded
+from esper.kasmina.ragged import Batch, as_batch, padded, unpadded
 from esper.kasmina.seats import SEATS, seats_of
 
 Derive = Callable[[type[nn.Module]], type[nn.Module]]
@@ -189,20 +189,20 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
     A plain ReLU is computed and observed in one pass where the observer can do so.
     """
     host_forward = host.forward
+    is_relu = host is nn.ReLU
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         observer = self.__dict__.get(OBSERVER)
-        inp = first_input(args, kwargs)
-        nested = isinstance(inp, Tensor) and inp.is_nested
-        if observer is None or nested or torch.compiler.is_compiling():
+        if observer is None or torch.compiler.is_compiling():
             return host_forward(self, *args, **kwargs)
         timer = DeviceTimer(observer.device)
-        fusible = host is nn.ReLU and not self.inplace and isinstance(inp, Tensor)
-        fused: Tensor | None = observer.observed_relu(inp, timer) if fusible else None
-        out = host_forward(self, *args, **kwargs) if fused is None else fused
+        if is_relu and args and not self.inplace:
+            fused = observer.relu(args[0], timer)
+            if fused is not None:
+                return fused
+        out = host_forward(self, *args, **kwargs)
         timer.stop()
-        if fused is None:
-            observer.observe(rows(inp), rows(first_output(out)), timer)
+        observer.see(args, kwargs, out, timer)
         return out
 
     return _subclass(host, "Observing", forward)
@@ -256,22 +256,22 @@ class DeviceTimer:
         return self
 
     def __init__(self, device: torch.device):
-        self._on_cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._stop = self._start
+        self._now: Callable[[], Any] = (
+            _recorded_event if device.type == "cuda" else time.perf_counter_ns
+        )
+        self._start = self._stop = self._now()
 
     def stop(self) -> None:
-        self._stop = self._mark()
+        self._stop = self._now()
 
     def elapsed_us(self) -> float:
         """Microseconds; on CUDA only once both events have completed."""
-        if self._on_cuda:
+        if isinstance(self._start, torch.cuda.Event):
             return float(self._start.elapsed_time(self._stop)) * 1e3
         return float(self._stop - self._start) / 1e3
 
-    def _mark(self) -> Any:
-        if not self._on_cuda:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
