@@ -259,7 +259,8 @@ class DeviceTimer:
         self._now: Callable[[], Any] = (
             _recorded_event if device.type == "cuda" else time.perf_counter_ns
         )
-        self._start = self._stop = self._now()
+        self._start: Any = self._now()
+        self._stop: Any = self._start
 
     def stop(self) -> None:
         self._stop = self._now()
