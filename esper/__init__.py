@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from esper.contracts import Blueprint
     from esper.kasmina.checkpoint import load, save
     from esper.kasmina.compilation import compile  # noqa: A004 - as torch.compile
+    from esper.kasmina.distributed import distribute
     from esper.kasmina.export import export
     from esper.kasmina.layer import KasminaLayer
     from esper.kasmina.model import MorphableModel, unwrap, wrap
@@ -36,6 +37,7 @@ _HOMES = {
     "Urabrask": "esper.urabrask",
     "Urza": "esper.urza",
     "compile": "esper.kasmina.compilation",
+    "distribute": "esper.kasmina.distributed",
     "export": "esper.kasmina.export",
     "load": "esper.kasmina.checkpoint",
     "register_site": "esper.kasmina.site_types",
@@ -56,6 +58,7 @@ __all__ = [
     "Urabrask",
     "Urza",
     "compile",
+    "distribute",
     "export",
     "load",
     "register_site",

@@ -59,3 +59,7 @@ class WorkerError(EsperError):
 
 class BusError(EsperError):
     """The message bus cannot take or deliver a message."""
+
+
+class DistributedError(EsperError):
+    """The ranks of a distributed run have lost each other, or their seeds have moved apart."""

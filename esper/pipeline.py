@@ -64,6 +64,9 @@ class Pipeline:
     in the pipeline's thread. With ``synchronous`` the end of an epoch waits until every worker has
     nothing left to do, so that two runs take the same decisions at the same steps; otherwise
     training never waits.
+
+    In a distributed run (:func:`esper.distribute`) each rank makes one, alike. That of rank 0 does
+    the work; the others only let kernels be loaded from the library and take part in measuring.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class Pipeline:
             raise EsperError("a pipeline is started once, and a model has one at a time")
         self.model.connect(self.urza)
         kasmina.deterministic |= self._synchronous
+        if kasmina.follows:
+            return
         kasmina.emit_lifecycle = self._publish_lifecycle
         kasmina.emit_observation = self._hand_over_observation
         self._thread.start()
@@ -135,6 +140,8 @@ class Pipeline:
         Raises :class:`EsperError` if a worker has failed, ``TimeoutError`` after ``timeout_s``.
         """
         self._raise_failure()
+        if self.model.kasmina.follows:
+            return
         if not self._thread.is_alive():
             raise EsperError("the pipeline is not running")
         future = asyncio.run_coroutine_threadsafe(self._drained(), self._loop)
@@ -186,6 +193,8 @@ class Pipeline:
 
     def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
         """Publish the end of an epoch; Tamiyo decides on it."""
+        if self.model.kasmina.follows:
+            return
         self._unheard_observations = 0
         if self._synchronous:
             self.drain()
@@ -196,7 +205,10 @@ class Pipeline:
     def _detach(self) -> None:
         """Leave the model to itself, and free for another pipeline."""
         kasmina = self.model.kasmina
-        if kasmina.emit_lifecycle == self._publish_lifecycle:
+        if kasmina.follows:
+            kasmina.close()
+            self._loop.close()
+        elif kasmina.emit_lifecycle == self._publish_lifecycle:
             kasmina.emit_lifecycle = None
             kasmina.emit_observation = None
             kasmina.close()

@@ -63,6 +63,24 @@ class InfiniteGradient(Residual):
         return act + torch.sqrt((out - act) * 0)
 
 
+class Root(Residual):
+    """NaN for every row whose first input is negative."""
+
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return super().forward(inp, act) + 0 * torch.sqrt(inp[:, :1])
+
+
+class Tracking(Residual):
+    """Keeps running statistics of its branch, like the host's batch norms."""
+
+    def __init__(self, site: SiteSignature):
+        super().__init__(site)
+        self.norm = nn.BatchNorm1d(site.act_channels)
+
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return act + self.norm(super().forward(inp, act) - act)
+
+
 class OneBatchOnly(Residual):
     """Fails for all but a batch of 5, by adding a parameter with five rows."""
 

@@ -20,6 +20,7 @@ def test_the_public_names() -> None:
         "Urabrask",
         "Urza",
         "compile",
+        "distribute",
         "export",
         "load",
         "register_site",

@@ -420,6 +420,11 @@ def _storable(name: str, tensor: Tensor) -> Tensor:
 
 
 def _check_storable(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "placements"):
+        raise TypeError(
+            f"'{name}' is sharded, and esper.save writes what one process has: save the "
+            "state_dict() by torch.distributed.checkpoint"
+        )
     if tensor.layout is not torch.strided or tensor.dtype is torch.complex128:
         raise TypeError(f"'{name}' is {tensor.dtype}, {tensor.layout}, which cannot be saved")
 

@@ -2,6 +2,7 @@
 
 A parameter joins the group that holds its layer's own parameters, or its optimizer's one group of
 seeds, made when the optimizer is attached: schedulers that are made afterwards count it in.
+An optimizer of sharded parameters always gets a group of seeds.
 """
 
 import inspect
@@ -36,8 +37,9 @@ class Attachment:
         return next((g for g in self.optimizer.param_groups if g.get(SEED_GROUP)), None)
 
     def admit_seeds(self) -> None:
-        """Give the optimizer its group of seeds, unless it has it."""
-        if not self.group_options or self.seed_group() is not None:
+        """Give the optimizer its group of seeds, unless it has it or needs none."""
+        needed = self.group_options or _is_sharded(self.optimizer)
+        if not needed or self.seed_group() is not None:
             return
         optimizer = self.optimizer
         _check_can_have_seed_group(optimizer, self.group_options)
@@ -249,6 +251,12 @@ def _begin_anew(optimizer: torch.optim.LBFGS, leaving: set[int]) -> None:
     if not leaving.isdisjoint(_members(optimizer)):
         optimizer.state.clear()
         optimizer._numel_cache = None
+
+
+def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it moves DTensors, which cannot be in one group with the plain tensors of kernels."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return any(hasattr(parameter, "placements") for parameter in parameters)
 
 
 def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:

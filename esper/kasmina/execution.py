@@ -14,9 +14,9 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from esper.contracts import (
     SeedId,
     SeedState,
 )
-from esper.errors import EsperError
+from esper.errors import DistributedError, EsperError
 from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.enrollment import Enrollment
@@ -45,6 +45,9 @@ from esper.kasmina.seat import Seat
 from esper.kasmina.site import SiteType
 from esper.kasmina.tenancy import Tenancy
 from esper.kasmina.uncompiled import Uncompiled
+
+if TYPE_CHECKING:
+    from esper.kasmina.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class Kasmina:
         self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
         self.emit_observation: Callable[[Observation], None] | None = None
         self.enrollment = Enrollment(self.layers)
+        self.peers: Peers | None = None  # of a distributed run
         self.deterministic = settings.deterministic
         self._uncompiled = Uncompiled()
         self._fossils: set[SeedId] = set()
@@ -125,8 +129,20 @@ class Kasmina:
         return self.layers[name]
 
     def submit(self, command: KasminaControlCommand) -> None:
-        """Have a command obeyed at the next step boundary, once per ``command_id``. Any thread."""
-        self.inbox.append(functools.partial(self._obey, command))
+        """Have a command obeyed at the next step boundary, once per ``command_id``. Any thread.
+
+        In a distributed run all ranks obey it; there rank 0 alone may submit, and the others raise
+        :class:`DistributedError`.
+        """
+        if self.peers is None:
+            self.inbox.append(functools.partial(self.obey, command))
+        else:
+            self.peers.submit(command)
+
+    @property
+    def follows(self) -> bool:
+        """Whether another rank decides over the seeds."""
+        return self.peers is not None and not self.peers.leads
 
     def on_training_thread(self) -> bool:
         return threading.get_ident() == self.training_thread
@@ -147,6 +163,8 @@ class Kasmina:
     ) -> bool:
         """See :meth:`KasminaLayer.load_kernel`. Any thread."""
         tenancy = Tenancy(layer, seed_idx, artifact_id, alpha=alpha)
+        if self.peers is not None:
+            return self._load_on_all_ranks(tenancy, self.peers)
         if not self.on_training_thread():
             self.inbox.append(functools.partial(self._admit_remotely, tenancy))
             return await asyncio.wrap_future(tenancy.settled)
@@ -155,6 +173,16 @@ class Kasmina:
         await asyncio.gather(prepared, return_exceptions=True)  # settle() sees to its errors
         if not tenancy.settled.done():  # a step may have come first, while this was waiting
             self.settle(tenancy)
+        return tenancy.settled.result()
+
+    def _load_on_all_ranks(self, tenancy: Tenancy, peers: "Peers") -> bool:
+        if not self.on_training_thread():
+            raise DistributedError(
+                f"{tenancy.layer.seed_name(tenancy.seed_idx)}: in a distributed run load_kernel is "
+                "awaited on the training thread of every rank"
+            )
+        self._admit(tenancy)
+        peers.load_now(tenancy)
         return tenancy.settled.result()
 
     def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
@@ -170,17 +198,25 @@ class Kasmina:
 
     def settle(self, tenancy: Tenancy) -> None:
         """LOADING > TRAINING, GRAFTING or CULLED, by what came of the preparation."""
-        prepared, layer, seed_idx = tenancy.prepared, tenancy.layer, tenancy.seed_idx
+        if tenancy.layer.state(tenancy.seed_idx) is SeedState.LOADING:  # not culled meanwhile
+            self.conclude(tenancy, self.obstacle(tenancy))
+
+    def obstacle(self, tenancy: Tenancy) -> BaseException | None:
+        """Return why the kernel whose preparation has ended cannot take its seat, if so."""
+        prepared = tenancy.prepared
         assert prepared is not None
-        tenancy.prepared = None
-        if layer.state(seed_idx) is not SeedState.LOADING:
-            return  # culled meanwhile
-        given_up = prepared.cancelled() or tenancy.settled.done()
-        error = EsperError("the load was given up") if given_up else prepared.exception()
+        if prepared.cancelled() or tenancy.settled.done():
+            return EsperError("the load was given up")
+        return prepared.exception() or self._misfit(tenancy, prepared.result())
+
+    def conclude(self, tenancy: Tenancy, error: BaseException | None) -> None:
+        """LOADING > TRAINING or GRAFTING with the prepared kernel, or > CULLED for an error."""
+        prepared, tenancy.prepared, tenancy.fits = tenancy.prepared, None, False
+        assert prepared is not None
         if error is None:
-            error = self._try_to_seat(tenancy, prepared.result())
-        if error is not None:
-            layer.reject_kernel(seed_idx, error)
+            self._seat(tenancy, prepared.result())
+        else:
+            tenancy.layer.reject_kernel(tenancy.seed_idx, error)
         tenancy.answer(error is None)
 
     # ------------------------------------------------------------------ between two steps
@@ -188,13 +224,14 @@ class Kasmina:
     def advance(self) -> None:
         """Apply what is due. Called by ``model.step()`` when anything may be."""
         self._end_observation()
+        if self.peers is not None:
+            self.peers.meet()
         with self.bank.writes_together():
             for tenancy in list(self.tenancies.values()):
                 self._count_down(tenancy)
             while self.inbox:
                 self.inbox.popleft()()
-            for tenancy in list(self.tenancies.values()):
-                self._pursue_loading(tenancy)
+            self._pursue_loads()
         if self.num_occupied:
             self._tick()
         self._hand_out_snapshot()
@@ -202,11 +239,15 @@ class Kasmina:
 
     def _tick(self) -> None:
         """Advance the seeds on the device, and see what it did to them some steps ago."""
+        if self.peers is not None:
+            self.peers.share_device_state()
         self.bank.tick(self.settings.max_errors)
         self.bank.finish_refresh()
         if self.step_count % _REFRESH_EVERY == 0:
             self.bank.begin_refresh()
-        self._remove_quarantined()
+        if self.peers is None:  # else rank 0 has all ranks do so
+            for seed_id, reason in list(self.quarantined()):
+                self.take_out(seed_id, reason)
 
     def count_in(self, seat: Seat) -> None:
         self.num_occupied += 1
@@ -240,6 +281,8 @@ class Kasmina:
         """Follow a seed's move with its tenancy, and tell whoever listens."""
         self.num_transitions += 1
         seed_id = (layer.name, seed_idx)
+        if self.peers is not None:
+            self.peers.note(seed_id, target)
         tenancy = self.tenancies.get(seed_id)
         if tenancy is not None:
             tenancy.steps_left = self._duration(tenancy.strategy, target)
@@ -273,6 +316,8 @@ class Kasmina:
     def uproot(self) -> None:
         """Take leave of the model, which is unwrapped."""
         self.release()
+        if self.peers is not None:
+            self.peers.leave()
         for block in self.compiled_blocks:
             block.release()
         self.close()
@@ -299,6 +344,7 @@ class Kasmina:
             "enrollment": None,  # below, as it needs the layers
             "observing": False,
             "compiled_blocks": [],
+            "peers": None,
             "_uncompiled": Uncompiled(),
             "_loader": None,
             "_executor": None,
@@ -367,11 +413,12 @@ class Kasmina:
 
     def _waiting_commands(self) -> list[KasminaControlCommand]:
         """Commands in the inbox; whoever waits there for a load by hand goes with the process."""
-        return [
+        waiting = [
             entry.args[0]
             for entry in self.inbox.copy()
-            if isinstance(entry, functools.partial) and entry.func == self._obey
+            if isinstance(entry, functools.partial) and entry.func == self.obey
         ]
+        return waiting if self.peers is None else waiting + self.peers.submitted()
 
     def seat_at_once(
         self, layer: KasminaLayer, seed_idx: int, kernel: Kernel, state: SeedState, alpha: float
@@ -412,9 +459,19 @@ class Kasmina:
         if tenancy.steps_left <= 0:
             _move_on(tenancy)
 
-    def _pursue_loading(self, tenancy: Tenancy) -> None:
-        if tenancy.layer.state(tenancy.seed_idx) not in (SeedState.GERMINATED, SeedState.LOADING):
+    def loading(self) -> list[Tenancy]:
+        """Return the tenancies whose kernel is still to come, in the order of their admission."""
+        states = (SeedState.GERMINATED, SeedState.LOADING)
+        return [t for t in self.tenancies.values() if t.layer.state(t.seed_idx) in states]
+
+    def _pursue_loads(self) -> None:
+        if self.peers is not None:
+            self.peers.settle_loads()
             return
+        for tenancy in self.loading():
+            self._pursue_loading(tenancy)
+
+    def _pursue_loading(self, tenancy: Tenancy) -> None:
         prepared = tenancy.prepared or self.prepare(tenancy)
         if self.deterministic:
             concurrent.futures.wait([prepared])
@@ -457,8 +514,9 @@ class Kasmina:
             )
         return self._loader.prepare(artifact_id, layer.site(seed_idx), layer.dtype, layer.device)
 
-    def _try_to_seat(self, tenancy: Tenancy, kernel: Kernel) -> Exception | None:
-        layer, seed_idx, strategy = tenancy.layer, tenancy.seed_idx, tenancy.strategy
+    def _misfit(self, tenancy: Tenancy, kernel: Kernel) -> EsperError | None:
+        """Return what layer or optimizers have against the kernel, if they do."""
+        layer = tenancy.layer
         if "forward" in layer.default_transform.__dict__:
             return EsperError(
                 f"layer '{layer.name}' has a forward of its own on the instance, which an active "
@@ -468,22 +526,34 @@ class Kasmina:
             self.enrollment.check(layer, kernel)
         except EsperError as error:
             return error
-        if strategy is not None and kernel.weights():
-            layer.train(seed_idx, kernel)
-        else:
-            layer.graft_new(seed_idx, kernel, strategy, tenancy.alpha)
         return None
 
-    def _remove_quarantined(self) -> None:
-        for tenancy in list(self.tenancies.values()):
+    def _seat(self, tenancy: Tenancy, kernel: Kernel) -> None:
+        if tenancy.strategy is not None and kernel.weights():
+            tenancy.layer.train(tenancy.seed_idx, kernel)
+        else:
+            tenancy.layer.graft_new(tenancy.seed_idx, kernel, tenancy.strategy, tenancy.alpha)
+
+    def quarantined(self) -> Iterator[tuple[SeedId, str]]:
+        """Yield the seeds that the device has taken out of the output for good, and why."""
+        for seed_id, tenancy in self.tenancies.items():
             reason = tenancy.layer.quarantine_reason(tenancy.seed_idx)
             if reason is not None:
-                tenancy.layer.cull(tenancy.seed_idx, f"quarantined: {reason}")
+                yield seed_id, reason
         for name, seed_idx in self._fossils:
             layer = self.layers[name]
             reason = layer.quarantine_reason(seed_idx)
-            if reason is not None and layer.bypass(seed_idx):
-                self._report_lost_fossil(layer, seed_idx, reason)
+            if reason is not None and not layer.is_bypassed(seed_idx):
+                yield (name, seed_idx), reason
+
+    def take_out(self, seed_id: SeedId, reason: str) -> None:
+        """Cull a quarantined seed, or stop running it if it is FOSSILIZED."""
+        layer, seed_idx = self.layers[seed_id[0]], seed_id[1]
+        if layer.state(seed_idx) is not SeedState.FOSSILIZED:
+            layer.cull(seed_idx, f"quarantined: {reason}")
+        elif not layer.is_bypassed(seed_idx):
+            layer.bypass(seed_idx)
+            self._report_lost_fossil(layer, seed_idx, reason)
 
     def _report_lost_fossil(self, layer: KasminaLayer, seed_idx: int, reason: str) -> None:
         """FOSSILIZED is final, so all that can be done is to say that a part is missing."""
@@ -520,7 +590,8 @@ class Kasmina:
 
     # ------------------------------------------------------------------ commands
 
-    def _obey(self, command: KasminaControlCommand) -> None:
+    def obey(self, command: KasminaControlCommand) -> None:
+        """Carry a command out, unless that was done already, or refuse it."""
         if command.command_id in self._obeyed:
             return
         self._obeyed[command.command_id] = None

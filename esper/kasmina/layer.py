@@ -299,18 +299,22 @@ class KasminaLayer:
         if not self.kasmina.bank.mirror["fallback_active"][self.first_seed + seed_idx]:
             return None
         failure = self._seat(seed_idx).failure
+        if failure:
+            return f"its kernel raised {failure}"
         steps = int(self.state_layout.value("error_count", seed_idx))
-        return f"its kernel raised {failure}" if failure else f"non-finite numbers in {steps} steps"
+        if steps < self.kasmina.settings.max_errors:  # not by tick, but by SeedCells.quarantine
+            return "its kernel raised an error on another rank"
+        return f"non-finite numbers in {steps} steps"
 
-    def bypass(self, seed_idx: int) -> bool:
-        """Stop running a FOSSILIZED kernel whose output is quarantined; True the first time."""
-        seat = self._seat(seed_idx)
-        if seat.bypassed:
-            return False
-        seat.bypassed = True
+    def is_bypassed(self, seed_idx: int) -> bool:
+        """Whether the seed's kernel is in its place and no longer run."""
+        return self._seat(seed_idx).bypassed
+
+    def bypass(self, seed_idx: int) -> None:
+        """Stop running a FOSSILIZED kernel whose output is quarantined."""
+        self._seat(seed_idx).bypassed = True
         self.kasmina.num_transitions += 1
         self._seats().rearrange()
-        return True
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -92,7 +92,8 @@ class MorphableModel(nn.Module):
         """Apply what is due between two steps. Call it after ``optimizer.step()``.
 
         Never waits and never synchronises with the device; about a microsecond or less when
-        nothing is due. Errors of single seeds are logged and recorded, not raised.
+        nothing is due. Errors of single seeds are logged and recorded, not raised. In a distributed
+        run it waits for the other ranks; see :func:`esper.distribute`.
         """
         kasmina = self.__dict__[_KASMINA]
         kasmina.step_count += 1
@@ -102,6 +103,7 @@ class MorphableModel(nn.Module):
             or kasmina.tenancies
             or kasmina.inbox
             or kasmina.step_count >= kasmina.next_due
+            or kasmina.peers is not None
         ):
             kasmina.advance()
 
@@ -192,6 +194,8 @@ class MorphableModel(nn.Module):
                 f"a model with kernels in place cannot be pickled: {grown}; "
                 "esper.save it, save its state_dict() or torch.export it"
             )
+        if self.kasmina.peers is not None:
+            raise EsperError("a distributed model cannot be pickled; save its state_dict()")
         return reduce_to_own_class(self, protocol)
 
 

@@ -28,6 +28,7 @@ class Tenancy:
     alpha: float = 0.0  # for loading by hand
     steps_left: int | None = None  # in the present state; None: it waits for somebody's word
     prepared: "Future[Kernel] | None" = None  # while LOADING
+    fits: bool = False  # what was prepared has been found fit on this rank, others may still load
     settled: "Future[bool]" = field(default_factory=_uncancellable)  # is it in place?
 
     def answer(self, in_place: bool) -> None:
@@ -37,4 +38,4 @@ class Tenancy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tenancy":
         layer = copy.deepcopy(self.layer, memo)
-        return replace(self, layer=layer, prepared=None, settled=_uncancellable())
+        return replace(self, layer=layer, prepared=None, fits=False, settled=_uncancellable())

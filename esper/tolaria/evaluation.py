@@ -19,6 +19,7 @@ from esper.kasmina.model import MorphableModel
 
 Batch = tuple[Tensor, Tensor]  # input, target
 LossPerSample = Callable[[Tensor, Tensor], Tensor]  # output, target -> (B,)
+Gather = Callable[[Tensor], Tensor]  # (N,) of this process -> (M,) of all that measure together
 Variant = Callable[[], AbstractContextManager[None]]  # within it the model is another one
 
 
@@ -41,7 +42,7 @@ class Evaluation:
 def evaluate(model: nn.Module, loader: Iterable[Batch], loss_fn: LossPerSample) -> Evaluation:
     """Run ``model`` over ``loader`` in eval mode. Reads the losses at the end, so it waits."""
     [result] = _evaluate_variants(
-        model, batches_of(loader, "loader"), loss_fn, [contextlib.nullcontext]
+        model, batches_of(loader, "loader"), loss_fn, [contextlib.nullcontext], _own
     )
     return result
 
@@ -51,10 +52,14 @@ def validate(
 ) -> tuple[Evaluation, tuple[SeedEvaluation, ...]]:
     """Evaluate ``model``, and each seed in EVALUATING by the held-out loss without it minus with.
 
+    In a distributed run every rank calls this with its own part of the held-out data, and all get
+    the result on all of it.
+
     Every batch is seen with all seeds and then without each of them, in one pass, so the losses
     are paired per sample also where the loader shuffles or augments.
     """
     check_wrapped(model)
+    peers = model.kasmina.peers
     seed_ids = model.kasmina.seeds_in(frozenset({SeedState.EVALUATING}))
     silenced = [
         functools.partial(model.kasmina.layer(layer_name).silenced, seed_idx)
@@ -65,6 +70,7 @@ def validate(
         batches_of(loader, "validation loader"),
         loss_fn,
         [contextlib.nullcontext, *silenced],
+        _own if peers is None else peers.control.concatenated,
     )
     contributions = map(functools.partial(_contribution, with_all), seed_ids, without_one)
     return with_all, tuple(contributions)
@@ -139,9 +145,10 @@ class _Tally:
         if not target.is_floating_point() and output.dim() == target.dim() + 1:
             self._hits.append((output.argmax(dim=1) == target).flatten())
 
-    def result(self) -> Evaluation:
-        accuracy = float(torch.cat(self._hits).double().mean()) if self._hits else None
-        return Evaluation(torch.cat(self._losses).double().cpu(), accuracy)
+    def result(self, gather: Gather) -> Evaluation:
+        losses = gather(torch.cat(self._losses).double().cpu())
+        hits = gather(torch.cat(self._hits).double().cpu()) if self._hits else None
+        return Evaluation(losses, None if hits is None else float(hits.mean()))
 
 
 def _evaluate_variants(
@@ -149,6 +156,7 @@ def _evaluate_variants(
     batches: Iterable[Batch],
     loss_fn: LossPerSample,
     variants: Sequence[Variant],
+    gather: Gather,
 ) -> list[Evaluation]:
     """Give each batch to the model in every variant before the next one is drawn.
 
@@ -160,7 +168,11 @@ def _evaluate_variants(
             for variant, tally in zip(variants, tallies, strict=True):
                 with variant():
                     tally.add(model(copy.deepcopy(inp)), target, loss_fn)
-    return [tally.result() for tally in tallies]
+    return [tally.result(gather) for tally in tallies]
+
+
+def _own(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _contribution(with_all: Evaluation, seed_id: SeedId, without: Evaluation) -> SeedEvaluation:
