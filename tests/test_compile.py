@@ -3,9 +3,13 @@
 import asyncio
 import copy
 import itertools
+import json
 import logging
 import pickle
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +22,11 @@ from torch._dynamo.utils import counters
 import esper
 from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, RampCurve, SeedState
-from esper.errors import EsperError
+from esper.errors import EsperError, WorkerError
+from esper.kasmina import compilation
 from esper.kasmina.compilation import catch_up
 from esper.kasmina.model import MorphableModel
+from esper.worker import Header
 
 # Dynamo asks a block's input, which is no leaf, for its gradient; it hides the warning, but not
 # from filters that make an error of it.
@@ -477,6 +483,230 @@ def test_a_stall_is_said(
     assert "block '2': compiled another variant; this step stalled for" in caplog.text
 
 
+# ---------------------------------------------------------------------- in the background
+
+
+class HeldCompiler:
+    """Stands for the child process: a job is done once the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Sequence[Header], Future[None]]] = []
+        self.closed = False
+
+    def submit(self, graphs: Sequence[Header]) -> "Future[None]":
+        json.dumps(graphs)
+        self.jobs.append((graphs, Future()))
+        return self.jobs[-1][1]
+
+    def finish(self, error: Exception | None = None) -> None:
+        for _, job in self.jobs:
+            if not job.done():
+                job.set_result(None) if error is None else job.set_exception(error)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldCompiler:
+    compiler = HeldCompiler()
+    monkeypatch.setattr(compilation, "BackgroundCompiler", lambda: compiler)
+    return compiler
+
+
+@pytest.fixture
+def eager_counter() -> CompileCounterWithBackend:
+    return CompileCounterWithBackend("eager")  # many graphs, which are only counted
+
+
+def compiled_in_background(
+    model: MorphableModel,
+    counter: CompileCounterWithBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
+) -> None:
+    monkeypatch.setattr(compilation, "BACKENDS_ON_DISK", {counter})
+    esper.compile(model, on_germination="background", backend=counter, fullgraph=True, **options)
+
+
+def test_a_grown_block_runs_uncompiled_until_the_child_has_compiled_it(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    live(model, 2)
+    assert eager_counter.frame_count == 1
+    germinate(model, "2.up", 0, library.add())
+    live(model, 2)
+    assert model.kasmina_layers["2.up"].state(0) is S.TRAINING
+    assert eager_counter.frame_count == 1
+    assert [r.runs_compiled for r in model.compile_report()] == [True, False, True]
+    held.finish()
+    live(model, 1)
+    assert eager_counter.frame_count == 2
+    assert [r.runs_compiled for r in model.compile_report()] == [True, True, True]
+
+
+def test_the_forms_that_a_seed_will_take_are_compiled_while_it_trains(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    live(model, 2)
+    long = STRATEGY.model_copy(update={"training_steps": 5})
+    model.kasmina_layers["2.up"].request_germination(0, library.add(), long)
+    live(model, 5)
+    assert model.kasmina_layers["2.up"].state(0) is S.TRAINING
+    assert len(held.jobs) == FORMS
+    assert all(len(graphs) == 1 for graphs, _ in held.jobs)
+    held.finish()
+    live(model, WHOLE_LIFE)
+    assert model.kasmina_layers["2.up"].state(0) is S.EVALUATING
+    assert len(held.jobs) == FORMS
+    assert eager_counter.frame_count == 1 + FORMS
+    germinate(model, "3.up", 0, library.add())
+    live(model, WHOLE_LIFE)
+    assert len(held.jobs) == FORMS
+    assert eager_counter.frame_count == 1 + FORMS
+
+
+def test_a_germination_compiled_ahead_in_the_background_never_runs_uncompiled(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    artifact_id = library.add()
+    compiled_in_background(model, eager_counter, monkeypatch, ahead=[artifact_id])
+    live(model, 2)
+    assert eager_counter.frame_count == 1  # the copies were traced alone
+    held.finish()
+    num_jobs = len(held.jobs)
+    germinate(model, "2.down", 0, artifact_id)
+    for _ in range(WHOLE_LIFE):
+        live(model, 1)
+        assert [r.runs_compiled for r in model.compile_report()] == [True, True, True]
+    assert len(held.jobs) == num_jobs
+    assert eager_counter.frame_count == 1 + FORMS
+
+
+def test_evaluation_of_a_grown_block_is_compiled_in_the_background_too(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    live(model, 2)
+    germinate(model, "2.up", 0, library.add())
+    live(model, WHOLE_LIFE)
+    held.finish()
+    live(model, 1)
+    num_jobs, frames = len(held.jobs), eager_counter.frame_count
+    inp = batch()
+    with torch.no_grad():
+        outs = [model(inp), model(inp)]
+        assert (len(held.jobs), eager_counter.frame_count) == (
+            num_jobs + 1,
+            frames + 1,
+        )  # and dormant
+        held.finish()
+        outs.append(model(inp))
+    assert eager_counter.frame_count == frames + 2
+    torch.testing.assert_close(outs[0], outs[1])
+    torch.testing.assert_close(outs[0], outs[2])
+
+
+def test_a_life_in_the_background_is_an_eager_one(
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager, model = wrapped(net(), library), wrapped(net(), library)
+    compiled_in_background(model, eager_counter, monkeypatch)
+    outs = []
+    for which in (eager, model):
+        torch.manual_seed(3)
+        live(which, 2)
+        germinate(which, "1.up", 1, library.add())
+        germinate(which, "2.up", 0, library.add(Irregular))
+        outs.append(live(which, 4))
+        held.finish()
+        outs[-1] += live(which, WHOLE_LIFE)
+    torch.testing.assert_close(outs[0], outs[1])
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_cannot_be_compiled_in_the_background_runs_uncompiled_until_it_may_catch_up(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    live(model, 2)
+    assert asyncio.run(model.load_kernel("2.up", 0, library.add(), alpha=0.5))
+    live(model, 2)
+    held.finish(WorkerError("no compiler"))
+    live(model, 3)
+    assert caplog.text.count("could not be compiled in the background: no compiler") == 1
+    assert eager_counter.frame_count == 1
+    catch_up(model)
+    live(model, 1)
+    assert eager_counter.frame_count == 2
+
+
+def test_releasing_a_compiled_model_ends_the_child(
+    model: MorphableModel,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    esper.unwrap(model)
+    assert held.closed
+
+
+def test_the_trainer_finds_what_a_child_process_has_compiled(
+    library: MemoryLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    small = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    model = wrapped(small, library)
+    esper.compile(model, blocks=[""], on_germination="background", fullgraph=True)
+    batches = itertools.cycle([torch.randn(size, 8) for size in (5, 7)])  # of a symbolic size
+
+    def train() -> None:
+        model(next(batches)).square().mean().backward()
+        model.step()
+
+    for _ in range(3):
+        train()
+    assert asyncio.run(model.load_kernel("0", 0, library.add(), alpha=0.5))
+    deadline_s = time.monotonic() + 240
+    misses = counters["inductor"]["fxgraph_cache_miss"]
+    train()
+    while not model.compile_report()[0].runs_compiled and time.monotonic() < deadline_s:
+        train()
+    [report] = model.compile_report()
+    assert (report.runs_compiled, report.num_recompiles) == (True, 2)
+    assert counters["inductor"]["fxgraph_cache_miss"] == misses
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 2  # forward and backward
+    esper.unwrap(model, discard_kernels=True)
+
+
 # ---------------------------------------------------------------------- the limit
 
 
@@ -609,8 +839,15 @@ def test_bad_arguments_are_refused_and_change_nothing(
     for options, message in [
         ({"blocks": ["9"]}, "block '9' is no module of Sequential"),
         ({"blocks": []}, "blocks must name at least one module"),
-        ({"on_germination": "wait"}, "on_germination must be 'stall' or 'eager', got 'wait'"),
+        (
+            {"on_germination": "wait"},
+            "on_germination must be 'stall', 'eager' or 'background', got 'wait'",
+        ),
         ({"recompile_limit": 1}, "recompile_limit must be at least 2, got 1"),
+        (
+            {"on_germination": "background", "backend": "eager"},
+            "on_germination='background' needs backend='inductor', got backend='eager'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             esper.compile(model, **options)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 if TYPE_CHECKING:
-    from esper.kasmina.compilation import BlockReport
+    from esper.kasmina.compiled_block import BlockReport
 
 logger = logging.getLogger(__name__)
 
