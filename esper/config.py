@@ -23,6 +23,7 @@ class ForgeSettings(Contract):
     max_parameters: int = Field(default=10_000_000, ge=0)
     max_flops_per_sample: int = Field(default=1_000_000_000, ge=0)
     timeout_s: float = Field(default=120.0, gt=0)
+    native_timeout_s: float = Field(default=900.0, gt=0)  # where a C++ compiler runs
     niceness: int = Field(default=10, ge=0, le=19)
     memory_limit_bytes: int = Field(default=8 * 2**30, gt=0)
 

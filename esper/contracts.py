@@ -220,6 +220,43 @@ class BlueprintRecord(Contract):
     lease_expires_at: float | None = None  # seconds since the Unix epoch
 
 
+class NativeTarget(Contract):
+    """What machine code was compiled with and for; elsewhere it must not be loaded."""
+
+    torch_version: str  # whole, with its build: "2.13.0+cpu"
+    torch_git: str
+    python: str  # "3.11"
+    machine: str  # "x86_64"
+    instructions: str  # digest of the processor's features, or "sm_90"
+    cuda: str | None = None
+
+
+class Speedup(Contract):
+    """Time of a baseline over that of something else: the median, and 20 % and 80 % quantiles."""
+
+    median: float = Field(gt=0)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f} to {self.high:.2f})"
+
+
+class NativeBuild(Contract):
+    """The machine code of an artifact: what it runs on, how it was made, and what it brings.
+
+    It computes training steps. ``speedups`` tells how much faster than by the FAST program forward
+    plus backward are, for each demand for gradients where the code is used: ``inp``, ``act`` and
+    ``weights``, joined by ``+``.
+    """
+
+    target: NativeTarget
+    variant: str  # one of the forge's, by name
+    options: dict[str, HyperParameter]  # of the compiler
+    speedups: dict[str, Speedup]
+    gradient_error: float = Field(ge=0)  # largest, relative to the norm of the float64 reference
+
+
 class KernelManifest(Contract):
     """Names every byte of an artifact; ``artifact_id`` is its digest."""
 
@@ -234,6 +271,8 @@ class KernelManifest(Contract):
     num_parameters: int = Field(ge=0)
     flops_per_sample: int = Field(ge=0)
     files: dict[str, Sha256]  # file name -> digest of its bytes
+    # Left out where there is none: ids of FAST artifacts stay what they were.
+    native: NativeBuild | None = Field(default=None, exclude_if=lambda build: build is None)
 
     @property
     def artifact_id(self) -> str:

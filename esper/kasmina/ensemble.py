@@ -67,7 +67,7 @@ class Individuals:
         self.seats = seats
         self.cells = seats[0].cells
         self.chunk = seats[0].chunk
-        self.keeps_act = any(seat.kernel.program.keeps_act for seat in seats)
+        self.keeps_act = any(seat.kernel.keeps_act for seat in seats)
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
         ran = self._run(inp, host)

@@ -1,9 +1,11 @@
-"""A FAST kernel as a module: the program's functions over parameters and buffers of its own."""
+"""A kernel as a module: the program's functions over parameters and buffers of its own."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from esper.contracts import KernelManifest
@@ -13,6 +15,17 @@ from esper.kasmina.program import Program
 
 GRAPH_FILE = "graph.json"
 PARAMS_FILE = "params.safetensors"
+
+
+class TrainingStep(Protocol):
+    """Machine code for some of the training graph's calls."""
+
+    @property
+    def keeps_act(self) -> bool:
+        """Whether the backward pass may need ``act``."""
+
+    def run(self, inp: Tensor, act: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+        """Return the output, or None for a call that it is not for."""
 
 
 class Kernel(nn.Module):
@@ -28,6 +41,7 @@ class Kernel(nn.Module):
         super().__init__()
         self.manifest = manifest
         self.program = program
+        self.compiled: TrainingStep | None = None  # for :mod:`esper.kasmina.compiled` to set
         self._compile()
         try:
             for spec in program.parameters:
@@ -39,7 +53,7 @@ class Kernel(nn.Module):
 
     @classmethod
     def build(cls, manifest: KernelManifest, files: dict[str, bytes]) -> "Kernel":
-        """Make a kernel on the CPU of the files of a FAST artifact.
+        """Make a kernel on the CPU that computes by the FAST program of any artifact.
 
         Digests and signature are the loader's business; here everything that the files say is
         checked, and :class:`ArtifactError` raised before a kernel exists. Any thread.
@@ -59,12 +73,22 @@ class Kernel(nn.Module):
         """Whether training draws random numbers."""
         return self.program.stochastic
 
+    @property
+    def keeps_act(self) -> bool:
+        """Whether the result may be ``act`` itself, or the backward pass may need it."""
+        return self.program.keeps_act or (self.compiled is not None and self.compiled.keeps_act)
+
     def weights(self) -> tuple[nn.Parameter, ...]:
         """Return the parameters in the program's order."""
         return tuple(self._parameters.values())  # type: ignore[arg-type]
 
     def call(self, inp: Tensor, act: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         """Run with these parameters in place of the kernel's own, and with its own buffers."""
+        # Compilers are shown operators, which they can fuse with their neighbours.
+        if self.compiled is not None and self.training and not torch.compiler.is_compiling():
+            out = self.compiled.run(inp, act, params)
+            if out is not None:
+                return out
         run = self._train if self.training else self._eval
         return run(inp, act, params, tuple(self._buffers.values()))  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ import torch
 from esper.contracts import KernelBundle, KernelManifest, SiteSignature
 from esper.errors import ArtifactMismatchError
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.compiled import build
 from esper.kasmina.kernel import Kernel
 from esper.trust import TrustedKey, verify_bundle
 
@@ -47,7 +48,7 @@ class KernelLoader:
             verify_bundle(bundle, self.source.trusted_key)
             manifest = bundle.record.manifest
             check_fit(manifest, site, dtype, device)
-            prototype = Kernel.build(manifest, bundle.files).to(device)
+            prototype = build(manifest, bundle.files).to(device)
             self.cache.put(prototype)
         else:
             check_fit(prototype.manifest, site, dtype, device)

@@ -104,6 +104,17 @@ class Program:
         return self.train.output == _ACT or any(op not in _SUMS for op in readers)
 
     @cached_property
+    def adds_to_act(self) -> bool:
+        """Whether training adds something to ``act``, and reads it for nothing else."""
+        readers = [node for node in self.train.nodes if _ACT in node.references()]
+        if len(readers) != 1 or self.train.nodes[-1] is not readers[0]:
+            return False
+        [last] = readers
+        is_sum = last.op == "aten.add.Tensor" and not last.kwargs
+        is_result = self.train.output == Ref("node", len(self.train.nodes) - 1)
+        return is_sum and is_result and last.args.count(_ACT) == 1
+
+    @cached_property
     def bottleneck(self) -> Bottleneck | None:
         """What :func:`esper.bottleneck.bottleneck` needs to know to compute this program, if it can."""
         form = recognise(self.train, self.parameters, self.act)

@@ -52,7 +52,7 @@ class Seat(nn.Module):
         self.failure: str | None = None
         # Read here, as compilers cannot trace the properties that cache them.
         self._stochastic = kernel.stochastic
-        self._keeps_act = kernel.program.keeps_act
+        self._keeps_act = kernel.keeps_act
         self._rank = len(kernel.manifest.site.act_shape)
         self.rng_state: Tensor | None = None  # while isolated, once it has drawn
 

@@ -1,9 +1,9 @@
 """The forge's child process: runs the designs' code, traces and packages."""
 
 from esper.config import ForgeSettings
-from esper.contracts import Blueprint, Design, SiteSignature
+from esper.contracts import Blueprint, Design, Pipeline, SiteSignature
 from esper.kasmina.kernel import GRAPH_FILE
-from esper.tezzeret.pipelines import package
+from esper.tezzeret.pipelines import deliver
 from esper.tezzeret.trace import trace
 from esper.worker import Blobs, Header, serve
 
@@ -20,8 +20,10 @@ def _trace(header: Header, blobs: Blobs) -> tuple[Header, Blobs]:
 
 def _package(header: Header, blobs: Blobs) -> tuple[Header, Blobs]:
     blueprint = Blueprint.model_validate(header["blueprint"])
-    manifest, files = package(blueprint, blobs[GRAPH_FILE], header["device"])
-    return {"manifest": manifest.model_dump(mode="json")}, files
+    pipeline = Pipeline(header["pipeline"])
+    delivery = deliver(blueprint, blobs[GRAPH_FILE], header["device"], pipeline)
+    answer = {"manifest": delivery.manifest.model_dump(mode="json"), "remark": delivery.remark}
+    return answer, delivery.files
 
 
 HANDLERS = {"trace": _trace, "package": _package}

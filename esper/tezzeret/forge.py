@@ -85,6 +85,9 @@ class Tezzeret:
     async def compile(self, blueprint_id: str, pipeline: Pipeline = Pipeline.FAST) -> str:
         """Make an artifact of a stored blueprint, publish and announce it; return its id.
 
+        Where STANDARD or AGGRESSIVE bring nothing over a simpler pipeline, the artifact is that
+        pipeline's, and the blueprint's log says why.
+
         The blueprint becomes COMPILING, then COMPILED, or INVALID with the reason as its log; the
         error is raised as well. Cancellation makes it UNVALIDATED again. Raises
         :class:`LibraryError` if another forge has it.
@@ -94,14 +97,14 @@ class Tezzeret:
             self._urza.set_blueprint_status, blueprint_id, BlueprintStatus.COMPILING
         )
         try:
-            artifact_id = await self._package(blueprint_id)
+            artifact_id, remark = await self._package(blueprint_id, pipeline)
         except asyncio.CancelledError:
             await self._settle(blueprint_id, BlueprintStatus.UNVALIDATED, "cancelled")
             raise
         except Exception as error:
             await self._settle(blueprint_id, BlueprintStatus.INVALID, str(error) or repr(error))
             raise
-        await self._settle(blueprint_id, BlueprintStatus.COMPILED)
+        await self._settle(blueprint_id, BlueprintStatus.COMPILED, remark)
         self._announce(Topic.KERNEL_READY, KernelReady(artifact_id=artifact_id))
         return artifact_id
 
@@ -162,17 +165,29 @@ class Tezzeret:
         )
         return Blueprint.model_validate(header["blueprint"]), blobs[GRAPH_FILE]
 
-    async def _package(self, blueprint_id: str) -> str:
+    async def _package(self, blueprint_id: str, pipeline: Pipeline) -> tuple[str, str]:
+        """Return the artifact's id, and why it is of a simpler pipeline if it is."""
         blueprint = await asyncio.to_thread(self._urza.blueprint, blueprint_id)
         graph = await asyncio.to_thread(self._urza.graph, blueprint_id)
         header, files = await self._worker.call(
             "package",
-            {"blueprint": blueprint.model_dump(mode="json"), "device": self._device},
+            {
+                "blueprint": blueprint.model_dump(mode="json"),
+                "device": self._device,
+                "pipeline": pipeline,
+            },
             {GRAPH_FILE: graph},
-            timeout_s=self._settings.timeout_s,
+            timeout_s=self._timeout_s(pipeline),
         )
         manifest = KernelManifest.model_validate(header["manifest"])
-        return await asyncio.to_thread(self._urza.publish_kernel, manifest, files)
+        if header["remark"]:
+            logger.info("blueprint %s: %s", blueprint_id, header["remark"])
+        artifact_id = await asyncio.to_thread(self._urza.publish_kernel, manifest, files)
+        return artifact_id, header["remark"]
+
+    def _timeout_s(self, pipeline: Pipeline) -> float:
+        settings = self._settings
+        return settings.timeout_s if pipeline is Pipeline.FAST else settings.native_timeout_s
 
     async def _settle(self, blueprint_id: str, status: BlueprintStatus, log: str = "") -> None:
         try:

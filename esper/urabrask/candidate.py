@@ -7,6 +7,7 @@ it. It returns raw results, and the evaluator draws the conclusions.
 import gc
 import importlib
 import platform
+import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
+import esper.kasmina.native as native
 from esper.contracts import Contract, KernelManifest
+from esper.errors import ArtifactError
+from esper.kasmina.compiled import LIBRARY_FILES
 from esper.kasmina.kernel import Kernel
 from esper.urabrask import wire
 
-KERNEL_LOADER = "esper.kasmina.kernel:Kernel.build"
+KERNEL_LOADER = "esper.kasmina.compiled:build"
 
 _QUESTION_LIMIT_BYTES = 2**32
 _WARMUP_ROUNDS = 3
@@ -34,7 +38,7 @@ class LoadQuestion(Contract):
     """Carries the artifact's files as ``file.<name>``; answered with the ``state.<name>``."""
 
     do: Literal["load"] = "load"
-    loader: str = KERNEL_LOADER  # "module:function" with the signature of Kernel.build
+    loader: str = KERNEL_LOADER  # "module:function" with the arguments of Kernel.build
     manifest: KernelManifest
 
 
@@ -131,7 +135,10 @@ class _Bench:
         torch.backends.cudnn.allow_tf32 = False  # the reference is float64
         files = {name.removeprefix("file."): wire.as_bytes(t) for name, t in tensors.items()}
         self._manifest = question.manifest
+        _write_libraries(files)
         self._kernel = _resolve(question.loader)(self._manifest, files).to(self._manifest.device)
+        if self._manifest.native and getattr(self._kernel, "compiled", None) is None:
+            raise ArtifactError("its machine code was not loaded")
         self._eager = Kernel.build(self._manifest, files).to(self._manifest.device)
         return Loaded(device_name=_device_name(self._manifest.device)), self._state()
 
@@ -192,6 +199,14 @@ class _Bench:
 
     def _place(self, tensors: Tensors) -> Tensors:
         return {name: tensor.to(self._manifest.device) for name, tensor in tensors.items()}
+
+
+def _write_libraries(files: Mapping[str, bytes]) -> None:
+    """Write what has to be on disk to be loaded; this process may write to no file from then on."""
+    for name in LIBRARY_FILES:
+        if name in files:
+            native.stage(files[name])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
 class _Call:

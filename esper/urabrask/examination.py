@@ -68,10 +68,10 @@ class Examination:
         return loaded.device_name
 
     def _try_all(self, random_training: bool) -> Trial:
-        """Return the last trial in evaluation mode, for a repetition."""
+        """Return a trial for a repetition: in evaluation mode, or of machine code, which trains."""
         for case in cases(self._settings.batch_sizes, self._oracle.trains_differently):
             trial = self._try(case, compared=not (case.training and random_training))
-            if not case.training:
+            if not case.training or self._manifest.native is not None:
                 last = trial
         return last
 

@@ -38,6 +38,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CHANNEL_FD = 3
 _OPEN_FILES = 64
 _SPARE_TASKS = 16
+_LARGEST_LIBRARY_BYTES = 64 * 2**20  # of machine code that a candidate writes before it loads it
 
 
 def main() -> None:
@@ -110,7 +111,8 @@ def _keep_only(channel_fd: int, log_fd: int) -> None:
 def _limits(job: dict[str, Any]) -> dict[int, int]:
     return {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
+        # Taken away by the candidate itself, before anything of the artifact runs.
+        resource.RLIMIT_FSIZE: _LARGEST_LIBRARY_BYTES,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         # Not RLIMIT_AS: the CUDA runtime reserves far more addresses than it uses.
         resource.RLIMIT_DATA: job["memory_limit_bytes"],

@@ -11,6 +11,7 @@ import torch
 from esper.config import EvaluatorSettings
 from esper.contracts import KernelManifest, KernelStatus, UrabraskValidationReport
 from esper.errors import ArtifactError, ArtifactMismatchError
+from esper.kasmina.native import mismatch
 from esper.trust import verify_files
 from esper.urabrask import tags
 from esper.urabrask.candidate import KERNEL_LOADER
@@ -63,6 +64,8 @@ def _refuse_other_machines(manifest: KernelManifest) -> None:
             f"kernel {manifest.artifact_id} is for torch {manifest.torch_version}, "
             f"this evaluator has {_TORCH_RELEASE}"
         )
+    if manifest.native and (reason := mismatch(manifest.native.target, manifest.device)):
+        raise ArtifactMismatchError(f"kernel {manifest.artifact_id} was {reason}")
     if manifest.device == "cuda" and not torch.cuda.is_available():
         raise ArtifactMismatchError(
             f"kernel {manifest.artifact_id} is for cuda, this evaluator has none"

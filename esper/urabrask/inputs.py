@@ -40,6 +40,7 @@ def cases(batch_sizes: Sequence[int], trains_differently: bool) -> Iterator[Case
         yield Case(batch_size, perturbed=True, training=False)
         # One sample has no variance, so batch statistics of it are not defined.
         if trains_differently and batch_size > 1:
+            yield Case(batch_size, perturbed=False, training=True)
             yield Case(batch_size, perturbed=True, training=True)
 
 

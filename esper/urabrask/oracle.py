@@ -32,7 +32,8 @@ class Oracle:
 
     @property
     def trains_differently(self) -> bool:
-        return self.program.train != self.program.eval
+        """Whether training runs another graph than evaluation, or other code."""
+        return self.program.train != self.program.eval or self.manifest.native is not None
 
     def is_random(self, draw: Draw, state: Mapping[str, Tensor]) -> bool:
         """Tell whether the training graph computes something else under another global seed."""

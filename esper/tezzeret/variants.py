@@ -1,0 +1,25 @@
+"""The ways to compile that a pipeline tries, on each kind of device."""
+
+from esper.contracts import Pipeline
+from esper.tezzeret.inductor import Variant
+
+STANDARD = Variant("standard", {})
+
+# Bounded, since each costs two runs of a C++ compiler.
+_AGGRESSIVE = {
+    "cpu": (
+        STANDARD,
+        Variant("keep", {}, recomputes=False),
+        Variant("contract", {"cpp.enable_floating_point_contract_flag": "fast"}),
+    ),
+    "cuda": (
+        STANDARD,
+        Variant("autotune", {"max_autotune": True}),
+        Variant("keep", {}, recomputes=False),
+    ),
+}
+
+
+def variants(pipeline: Pipeline, device: str) -> tuple[Variant, ...]:
+    """Return what ``pipeline`` tries, beside the FAST program."""
+    return (STANDARD,) if pipeline is Pipeline.STANDARD else _AGGRESSIVE[device]
