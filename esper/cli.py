@@ -1,8 +1,9 @@
-"""The command line: ``esper demo``, ``esper audit``."""
+"""The command line: ``esper demo``, ``esper audit``, ``esper forge``."""
 
 import argparse
 
 import esper.demo as demo
+import esper.forge_service as forge
 import esper.urza.commands as audit
 
 
@@ -18,5 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     audit_parser = commands.add_parser("audit", help="check the audit log of a library")
     audit.add_arguments(audit_parser)
     audit_parser.set_defaults(run=audit.main)
+    forge_parser = commands.add_parser("forge", help="compile and evaluate for a shared library")
+    forge.add_arguments(forge_parser)
+    forge_parser.set_defaults(run=forge.main)
     options = parser.parse_args(argv)
     options.run(options)

@@ -22,8 +22,16 @@ class ForgeSettings(Contract):
 
     max_parameters: int = Field(default=10_000_000, ge=0)
     max_flops_per_sample: int = Field(default=1_000_000_000, ge=0)
-    timeout_s: float = Field(default=120.0, gt=0)
-    native_timeout_s: float = Field(default=900.0, gt=0)  # where a C++ compiler runs
+    max_memory_bytes: int = Field(default=2**30, ge=0)  # weights, and all that a sample computes
+    timeout_s: float = Field(default=120.0, gt=0)  # of tracing, and of FAST
+    optimizing_timeout_s: float = Field(default=900.0, gt=0)  # of the other pipelines
+    lease_s: float = Field(default=60.0, gt=0)  # after which a silent forge is taken for lost
+    poll_interval_s: float = Field(default=5.0, gt=0)  # between two looks at what waits
+    recompiles_when_idle: bool = False
+    max_load_per_core: float = Field(default=0.75, gt=0)  # above which a machine is not idle
+    aggressive_interest: float = Field(default=1.0, gt=0)  # of the controller, for AGGRESSIVE
+    max_recompilations_per_day: int = Field(default=500, ge=0)  # by all forges of a library
+    max_recompilation_cpu_s_per_day: float = Field(default=7200.0, ge=0)  # the same
     niceness: int = Field(default=10, ge=0, le=19)
     memory_limit_bytes: int = Field(default=8 * 2**30, gt=0)
 
@@ -37,6 +45,8 @@ class EvaluatorSettings(Contract):
     log_limit_bytes: int = Field(default=2**16, ge=0)  # that a candidate may print
     answer_limit_bytes: int = Field(default=2**28, gt=0)  # of results, at a time
     niceness: int = Field(default=10, ge=0, le=19)
+    lease_s: float = Field(default=60.0, gt=0)  # after which a silent evaluator is taken for lost
+    poll_interval_s: float = Field(default=5.0, gt=0)  # between two looks at what waits
     batch_sizes: tuple[int, ...] = Field(default=(1, 7, 32), min_length=1)
     timed_batch_size: int = 32
     timed_rounds: int = Field(default=30, ge=5)

@@ -279,6 +279,46 @@ class KernelManifest(Contract):
         return self.digest()
 
 
+class Compilation(Contract):
+    """One attempt of a forge to make a kernel of a blueprint, and what came of it."""
+
+    blueprint_id: Sha256
+    pipeline: Pipeline
+    device: str  # "cpu" or "cuda"
+    torch_version: str  # "2.13"
+    owner: str  # the forge
+    artifact_id: Sha256 | None  # None: it failed
+    log: str = ""
+    wall_s: float = Field(ge=0)
+    cpu_s: float = Field(ge=0)  # of the child processes that did the work
+
+
+class RecompilationProspect(Contract):
+    """A compiled blueprint, as a forge of one device and torch release looks at it."""
+
+    blueprint_id: Sha256
+    tamiyo_interest: float
+    urabrask_interest: float
+    rejected: bool  # it has kernels, and the evaluator turned all of them down
+    tried: frozenset[Pipeline]
+
+
+class ForgeStatus(Contract):
+    """How the forges of one library are doing: what waits now, and what the last while brought."""
+
+    waiting_blueprints: int
+    compiling_blueprints: int
+    waiting_kernels: int  # for a verdict
+    evaluating_kernels: int
+    window_s: float  # over which the next four are counted
+    compiled: dict[Pipeline, int]
+    failed: int
+    throughput_per_hour: float  # attempts that were finished
+    utilisation: float  # forges at work on average: 0.5 is one for half of the time
+    recompilations_today: int  # in the last 24 hours
+    recompilation_cpu_s_today: float
+
+
 class KernelStatement(Contract):
     """What the evaluator signs: this verdict on these bytes, for the reasons in that report."""
 

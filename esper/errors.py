@@ -17,6 +17,22 @@ class BlueprintError(EsperError):
     """A design cannot be traced, or its graph is not allowed: forbidden operator, wrong shape."""
 
 
+class ForbiddenOperatorError(BlueprintError):
+    """The graph calls an operator that no kernel may call."""
+
+
+class DataDependentShapeError(BlueprintError):
+    """What the graph does, or the size of what it computes, depends on the values of its inputs."""
+
+
+class OutputMismatchError(BlueprintError):
+    """The output is not like ``act`` in shape and dtype."""
+
+
+class BudgetExceededError(BlueprintError):
+    """The design has more parameters, computes more or holds more memory than is allowed."""
+
+
 class ArtifactError(EsperError):
     """A kernel artifact cannot be used."""
 
@@ -46,7 +62,7 @@ class AuditError(LibraryError):
 
 
 class LeaseError(LibraryError):
-    """The blueprint is leased to another forge, or to none."""
+    """A blueprint or a kernel is leased to somebody else, or to nobody."""
 
 
 class CheckpointError(EsperError):
@@ -55,6 +71,10 @@ class CheckpointError(EsperError):
 
 class WorkerError(EsperError):
     """A child process of the pipeline crashed, hung or answered with an error."""
+
+
+class MachineError(WorkerError):
+    """The machine failed a child process, whatever it was working on: a disk is full."""
 
 
 class BusError(EsperError):

@@ -91,7 +91,9 @@ class Pipeline:
         self.bus = bus or MemoryBus()
         device = model.kasmina.bank.device.type
         self.tezzeret = Tezzeret(self.urza, self.bus, forge or ForgeSettings(), device=device)
-        self.urabrask = Urabrask(self.urza, self.bus, evaluator or EvaluatorSettings())
+        self.urabrask = Urabrask(
+            self.urza, self.bus, evaluator or EvaluatorSettings(), device=device
+        )
         self.tamiyo = Tamiyo(self.bus, self.urza, self._query_for, policy)
         self._designs = designs
         self._preferred_tags = preferred_tags

@@ -8,6 +8,7 @@ stall its steps by 200-330 ms.
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import esper.errors as errors
-from esper.errors import EsperError, WorkerError
+from esper.errors import EsperError, MachineError, WorkerError
 
 Header = dict[str, Any]
 Blobs = dict[str, bytes]
@@ -36,6 +37,8 @@ _MAGIC = b"ESPERWK1"
 _STDERR_TAIL_BYTES = 8192
 _LAST_WORDS_S = 1.0  # how long a dead child's exit status and stderr are waited for
 _PR_SET_PDEATHSIG = 1
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_STAT_TIMES = slice(11, 15)  # of /proc/PID/stat behind the name: own and children's CPU time
 
 
 class WorkerProcess:
@@ -51,22 +54,31 @@ class WorkerProcess:
         self._command += [str(niceness), str(memory_limit_bytes)]
         self._lock = asyncio.Lock()
         self._child: _Child | None = None
+        self._spent_s = 0.0  # by former children
+
+    def cpu_time_s(self) -> float:
+        """Return the CPU time of all its children so far, with what they waited for.
+
+        Nought where there is no /proc.
+        """
+        return self._spent_s + (self._child.cpu_time_s() if self._child is not None else 0.0)
 
     async def call(
         self, method: str, header: Header, blobs: Mapping[str, bytes], *, timeout_s: float
     ) -> tuple[Header, Blobs]:
         """Run ``method`` in the child and return its answer.
 
-        An :class:`EsperError` of the handler is raised here as the same class, any other
-        exception as :class:`WorkerError` with its traceback. A crash, an answer that is not a
-        frame, ``timeout_s`` (which includes starting the child) and cancellation kill the child
-        with all that it started, and the next call starts a fresh one.
+        An :class:`EsperError` of the handler is raised here as the same class, what the machine
+        lacks (room on a disk, processes) as :class:`MachineError`, any other exception as
+        :class:`WorkerError` with its traceback. A crash, an answer that is not a frame,
+        ``timeout_s`` (which includes starting the child) and cancellation kill the child with all
+        that it started, and the next call starts a fresh one.
         """
         frame = _frame({"method": method, "header": header}, blobs)
         async with self._lock:
             try:
                 async with asyncio.timeout(timeout_s):
-                    child = self._child = self._child or await _Child.start(self._command)
+                    child = self._child = self._child or await self._start()
                     reply, reply_blobs = await child.exchange(frame)
             except TimeoutError:
                 await self._fail(method, f"no answer within {timeout_s} s")
@@ -83,14 +95,25 @@ class WorkerProcess:
 
     async def close(self) -> None:
         """Kill the child and all that it started, if it runs. A later call starts a fresh one."""
-        child, self._child = self._child, None
+        child = self._dismiss()
         if child is not None:
             await child.kill()
 
+    async def _start(self) -> "_Child":
+        try:
+            return await _Child.start(self._command)
+        except OSError as error:
+            raise MachineError(f"{self.module}: it could not be started: {error}") from error
+
     async def _fail(self, method: str, what: str, grace_s: float = 0.0) -> NoReturn:
-        child, self._child = self._child, None
+        child = self._dismiss()
         last_words = await child.kill(grace_s) if child is not None else "not running"
         raise WorkerError(f"{self.module}: {method!r}: {what}; {last_words}") from None
+
+    def _dismiss(self) -> "_Child | None":
+        self._spent_s = self.cpu_time_s()
+        child, self._child = self._child, None
+        return child
 
 
 class _Child:
@@ -126,6 +149,14 @@ class _Child:
         header_bytes, blob_bytes = _lengths(prefix)
         content = await self._stdout.readexactly(header_bytes)
         return _split(content, await self._stdout.readexactly(blob_bytes))
+
+    def cpu_time_s(self) -> float:
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        ticks = map(int, stat.rpartition(")")[2].split()[_STAT_TIMES])
+        return sum(ticks) / os.sysconf("SC_CLK_TCK")
 
     async def kill(self, grace_s: float = 0.0) -> str:
         """Kill the process group, and return the exit status and the end of stderr."""
@@ -195,6 +226,8 @@ def _answer(handlers: Mapping[str, Handler], request: Header, blobs: Blobs) -> l
         header, blobs = handlers[request["method"]](request["header"], blobs)
         return _frame({"header": header}, blobs)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            error = MachineError(str(error))
         kind = type(error).__name__ if isinstance(error, EsperError) else ""
         message = str(error) if kind else traceback.format_exc()
         return _frame({"error": {"kind": kind, "message": message}}, {})

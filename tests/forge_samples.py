@@ -146,6 +146,11 @@ class DataDependent(SiteModule):
         return act + 1 if act.sum() > 0 else act
 
 
+class Selecting(SiteModule):
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return act * act.masked_select(act > 0).sum()
+
+
 class FixedBatch(SiteModule):
     def forward(self, inp: Tensor, act: Tensor) -> Tensor:
         return act + self.map(inp).reshape(3, -1)
@@ -202,6 +207,21 @@ class Hanging(SiteModule):
         super().__init__(site)
         Path(fifo).write_text("reached")
         time.sleep(600)
+
+
+class Moody(SiteModule):
+    """Does what a file in ``folder`` says by its name, once it is there."""
+
+    def __init__(self, site: SiteSignature, *, folder: str) -> None:
+        super().__init__(site)
+        if (Path(folder) / "crash").exists():
+            os._exit(3)
+        if (Path(folder) / "hang").exists():
+            (Path(folder) / "fifo").write_text("reached")
+            time.sleep(600)
+
+    def forward(self, inp: Tensor, act: Tensor) -> Tensor:
+        return act + self.map(inp)
 
 
 def nothing(site: SiteSignature) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from esper import blueprints
 from esper.blueprints import bad, registry
-from esper.blueprints.example import example_inputs
 from esper.blueprints.norm import Norm
 from esper.contracts import Design, SiteSignature
 from esper.errors import BlueprintError
+from esper.kasmina.example import example_inputs
 
 RESIDUAL = [planting for planting in PLANTINGS if planting[1] != "standardize"]
 

@@ -11,9 +11,9 @@ from forge_samples import SITES
 from torch import Tensor
 
 from esper import blueprints
-from esper.blueprints.example import example_inputs
 from esper.contracts import KernelManifest
 from esper.errors import ArtifactError
+from esper.kasmina.example import example_inputs
 from esper.kasmina.kernel import Kernel
 
 Artifact = tuple[KernelManifest, dict[str, bytes]]

@@ -15,10 +15,10 @@ from tolerances import assert_close, relative_error
 from torch import Tensor, nn
 
 from esper import blueprints
-from esper.blueprints.example import example_inputs
 from esper.contracts import Design
 from esper.errors import ArtifactError
 from esper.kasmina import operators
+from esper.kasmina.example import example_inputs
 from esper.kasmina.operators import fast_bindings, operator
 from esper.kasmina.program import Program
 from esper.tezzeret.trace import instantiate, trace

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.blueprints.channel_attention import ChannelAttention
-from esper.blueprints.example import example_inputs
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.registry import designs_for
 from esper.config import SeedSettings
 from esper.contracts import SeedState, SiteSignature
 from esper.errors import EsperError
 from esper.kasmina import site_types
+from esper.kasmina.example import example_inputs
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.site_types import site_type
 

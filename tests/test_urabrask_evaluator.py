@@ -1,6 +1,11 @@
 """Urabrask between library and bus, with its real worker process."""
 
 import asyncio
+import fcntl
+import os
+import sys
+import tempfile
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,10 +21,12 @@ from esper.contracts import (
     KernelStatus,
     Topic,
 )
-from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError
+from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError, WorkerError
 from esper.oona import MemoryBus
+from esper.tezzeret.pipelines import torch_release
 from esper.trust import verify_bundle
 from esper.urabrask import Urabrask
+from esper.urabrask.turn import device_to_itself, lock_path
 from esper.urza import Urza
 
 SETTINGS = EvaluatorSettings(timeout_s=10.0, batch_sizes=(1, 7), timed_rounds=5)
@@ -85,6 +92,7 @@ async def test_waiting_and_announced_kernels_are_judged_once(
     for artifact_id in (waiting, announced, "0" * 64, late):
         bus.publish(Topic.KERNEL_READY, "tezzeret", KernelReady(artifact_id=artifact_id))
     characterized.append(await anext(verdicts))
+    await bus.drained([Topic.KERNEL_READY])
     bus.close()
     await running
     await verdicts.aclose()
@@ -102,6 +110,121 @@ async def test_waiting_and_announced_kernels_are_judged_once(
 async def test_run_without_a_bus_ends_when_nothing_waits(urza: Urza) -> None:
     async with Urabrask(urza, settings=SETTINGS) as urabrask:
         await urabrask.run()
+
+
+async def test_evaluators_share_the_work_and_judge_nothing_twice(urza: Urza) -> None:
+    for dtype in ("float32", "float64"):
+        publish(urza, residual_mlp(dtype=dtype))
+    async with Urabrask(urza, settings=SETTINGS) as one, Urabrask(urza, settings=SETTINGS) as other:
+        await asyncio.gather(one.run(), other.run())
+    assert [kernel.status for kernel in urza.kernels()] == [KernelStatus.VALIDATED] * 2
+    events = [entry.event for entry in urza.audit.entries()]
+    assert events.count("kernel.reported") == 2
+
+
+async def test_a_lease_lost_during_an_evaluation_ends_it_quietly(
+    urza: Urza, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    settings = SETTINGS.model_copy(update={"lease_s": 0.1})
+    stuck = asyncio.Event()
+
+    async def hang(*args: object, **kwargs: object) -> None:
+        stuck.set()
+        await asyncio.Event().wait()
+
+    urabrask = Urabrask(urza, settings=settings)
+    monkeypatch.setattr(urabrask._worker, "call", hang)
+    running = asyncio.create_task(urabrask.run())
+    await stuck.wait()
+    urza.release_kernel(artifact_id, urabrask.owner)
+    terms = {"device": "cpu", "torch_version": torch_release()}
+    assert urza.claim_kernel("heir", 3600.0, **terms) == artifact_id
+    caplog.set_level("INFO", logger="esper.urabrask")
+    await running
+    assert f"is leased to heir, not to {urabrask.owner}" in caplog.text
+    assert urza.kernel(artifact_id).status is KernelStatus.PENDING_BENCHMARKING
+
+
+async def test_a_cancelled_evaluation_gives_the_kernel_back(
+    urza: Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    urabrask = Urabrask(urza, settings=SETTINGS)
+    stuck = asyncio.Event()
+
+    async def hang(*args: object, **kwargs: object) -> None:
+        stuck.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(urabrask._worker, "call", hang)
+    running = asyncio.create_task(urabrask.run())
+    await stuck.wait()
+    assert urza.forge_status().evaluating_kernels == 1
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    terms = {"device": "cpu", "torch_version": torch_release()}
+    assert urza.claim_kernel("heir", 3600.0, **terms) == artifact_id
+
+
+async def test_what_cannot_be_judged_is_left_to_its_lease(
+    urza: Urza, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    urabrask = Urabrask(urza, settings=SETTINGS)
+
+    async def fail(*args: object, **kwargs: object) -> None:
+        raise WorkerError("no answer within 60 s")
+
+    monkeypatch.setattr(urabrask._worker, "call", fail)
+    await urabrask.run()
+    assert caplog.text.count("was not evaluated: no answer within 60 s") == 1
+    status = urza.forge_status()
+    assert (status.waiting_kernels, status.evaluating_kernels) == (0, 1)
+    assert urza.kernel(artifact_id).status is KernelStatus.PENDING_BENCHMARKING
+
+
+_HOLD = """
+import asyncio, sys
+from esper.urabrask.turn import device_to_itself
+async def hold():
+    async with device_to_itself("cpu"):
+        print("held", flush=True)
+        sys.stdin.read()
+asyncio.run(hold())
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_one_benchmark_at_a_time(
+    urza: Urza, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _HOLD), stdin=PIPE, stdout=PIPE, env=environment
+    )
+    assert holder.stdin
+    assert holder.stdout
+    assert await holder.stdout.readline() == b"held\n"
+    entered = asyncio.Event()
+
+    async def wait_for_turn() -> None:
+        async with device_to_itself("cuda"), device_to_itself("cpu"):
+            entered.set()
+
+    waiting = asyncio.create_task(wait_for_turn())
+    with pytest.raises(BlockingIOError), lock_path("cpu").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not entered.is_set()
+    if killed:
+        holder.kill()
+    else:
+        holder.stdin.close()
+    await waiting
+    await holder.wait()
 
 
 async def test_tampered_bytes_get_no_verdict(

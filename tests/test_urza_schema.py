@@ -20,7 +20,7 @@ from urza_first_library import make_first_library
 from urza_samples import SITE, blueprint, manifest, submit
 
 import esper.urza.migrations
-from esper.contracts import BlueprintStatus, KernelQuery
+from esper.contracts import BlueprintStatus, KernelQuery, Pipeline
 from esper.errors import LibraryError
 from esper.urza import Urza
 from esper.urza.schema import REVISION, metadata
@@ -76,6 +76,7 @@ def test_an_older_library_is_migrated_with_all_that_is_in_it(first: Path) -> Non
         record = urza.blueprint_record(blueprint("gated").blueprint_id)
         assert (record.status, record.log) == (BlueprintStatus.COMPILING, "pass 1")
         assert (record.tamiyo_interest, record.lease_owner) == (0.0, None)
+        assert urza.was_tried(blueprint().blueprint_id, Pipeline.FAST, "cpu", "2.13")
         assert urza.claim_blueprint("forge", 60) == record.blueprint_id
         submit(urza, "new")
         urza.verify()
@@ -109,10 +110,10 @@ def test_the_first_esper_refuses_a_newer_library(first: Path) -> None:
 def test_a_newer_schema_is_refused_and_left_alone(place: Place) -> None:
     with place.open() as urza:
         submit(urza)
-    place.execute("UPDATE alembic_version SET version_num = '0003'")
+    place.execute("UPDATE alembic_version SET version_num = '0004'")
     with pytest.raises(
         LibraryError,
-        match=r"^library .* has schema revision 0003; this Esper reads revisions up to 0002$",
+        match=r"^library .* has schema revision 0004; this Esper reads revisions up to 0003$",
     ):
         place.open()
     place.execute("UPDATE alembic_version SET version_num = :revision", revision=REVISION)

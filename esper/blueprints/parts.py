@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from esper.blueprints.example import is_transposed, takes_indices
 from esper.contracts import SiteSignature
 from esper.errors import BlueprintError
+from esper.kasmina.example import is_transposed, takes_indices
 
 _CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from esper.errors import ArtifactError, BlueprintError
+from esper.errors import ArtifactError, BlueprintError, ForbiddenOperatorError
 from esper.kasmina.graph import DTYPES, DType, Graph, Node, Ref, TensorSpec, Value
 from esper.kasmina.operators import operator
 from esper.kasmina.program import Program
@@ -35,8 +35,9 @@ def encode(
 ) -> Program:
     """Return the program of ``module``, exported in both modes.
 
-    Raises :class:`BlueprintError` for an operator that a kernel may not call, and
-    :class:`ArtifactError` for a call that breaks another rule of the format.
+    Raises :class:`ForbiddenOperatorError` for an operator that a kernel may not call,
+    :class:`BlueprintError` for other things that it may not have, and :class:`ArtifactError` for
+    a call that breaks another rule of the format.
     """
     first_names = _first_names(module)
     return Program(
@@ -131,7 +132,7 @@ def _encode_node(fx_node: fx.Node, refs: Mapping[fx.Node, Ref]) -> Node:
     try:
         op = operator(name)
     except ArtifactError as error:
-        raise BlueprintError(f"{error} ({_location(fx_node)})") from None
+        raise ForbiddenOperatorError(f"{error} ({_location(fx_node)})") from None
     args = tuple(
         True if parameter.name in _CUDNN_SWITCHES else _encode_value(value, refs)
         for parameter, value in zip(op.parameters, fx_node.args, strict=False)

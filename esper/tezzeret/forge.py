@@ -1,12 +1,14 @@
 """Tezzeret as the pipeline sees it: takes designs, and makes artifacts of blueprints.
 
-Runs on the pipeline's event loop. Designs' code, torch.export and the rest run in one warm child
-process, which is killed and replaced when it hangs or crashes; the library is called in threads.
+Runs on the pipeline's event loop. Designs' code, torch.export and the rest run in warm child
+processes, which are killed and replaced when they hang or crash; the library is called in threads.
+What a forge works on is leased to it, so that any number of them share one library.
 """
 
 import asyncio
 import logging
-from contextlib import suppress
+import os
+import time
 from types import TracebackType
 from typing import Self
 
@@ -15,24 +17,38 @@ from esper.contracts import (
     Blueprint,
     BlueprintStatus,
     BlueprintSubmitted,
+    Compilation,
     Contract,
     Design,
+    ForgeStatus,
     KernelManifest,
     KernelReady,
     Pipeline,
     SiteSignature,
     Topic,
 )
-from esper.errors import BlueprintError, EsperError, LibraryError
+from esper.errors import (
+    ArtifactError,
+    BlueprintError,
+    EsperError,
+    LeaseError,
+    LibraryError,
+    MachineError,
+)
 from esper.kasmina.kernel import GRAPH_FILE
 from esper.oona import Oona
+from esper.oona.attendance import Chore, attend
 from esper.tezzeret.pipelines import check_available, torch_release
+from esper.tezzeret.priority import Recompilation, has_budget, is_idle, recompilations
 from esper.urza import Urza
+from esper.urza.tenure import unique_owner, while_leased
 from esper.worker import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 _NAME = "tezzeret"
+# Of these the blueprint is innocent: it is given back, and tried again later.
+_NO_FAULT_OF_THE_BLUEPRINT = (LibraryError, MachineError, OSError)
 
 
 class Tezzeret:
@@ -58,11 +74,12 @@ class Tezzeret:
         self._bus = bus
         self._settings = settings or ForgeSettings()
         self._device = device
-        self._worker = WorkerProcess(
-            "esper.tezzeret.child",
-            niceness=self._settings.niceness,
-            memory_limit_bytes=self._settings.memory_limit_bytes,
-        )
+        self.owner = unique_owner(_NAME)
+        self._worker = self._make_worker()
+        # Of its own, so that what waits need not wait for the slow pipelines.
+        self._recompiler = self._make_worker()
+        self._turn = asyncio.Lock()
+        self._reported = True
 
     async def submit(self, design: Design, site: SiteSignature, dtype: str) -> str:
         """Trace a design for a site, store the blueprint and announce it; return its id.
@@ -76,9 +93,9 @@ class Tezzeret:
             blueprint, graph = await self._trace(design, site, dtype)
         except BlueprintError as error:
             logger.debug("%s", error)
-            raise BlueprintError(_shortened(error)) from None
+            raise type(error)(_shortened(error)) from None
         blueprint_id = await asyncio.to_thread(self._urza.submit_blueprint, blueprint, graph)
-        if await asyncio.to_thread(self._is_due, blueprint_id):
+        if await asyncio.to_thread(self._is_unfinished, blueprint_id):
             self._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id=blueprint_id))
         return blueprint_id
 
@@ -88,46 +105,54 @@ class Tezzeret:
         Where STANDARD or AGGRESSIVE bring nothing over a simpler pipeline, the artifact is that
         pipeline's, and the blueprint's log says why.
 
-        The blueprint becomes COMPILING, then COMPILED, or INVALID with the reason as its log; the
-        error is raised as well. Cancellation makes it UNVALIDATED again. Raises
-        :class:`LibraryError` if another forge has it.
+        The blueprint becomes COMPILING, then COMPILED; or INVALID with the reason as its log, if
+        the fault is its own and nothing was ever made of it. The error is raised as well. Where
+        the library or the machine fails, and by cancellation, it becomes what it was before.
+        Raises :class:`LibraryError` if it cannot be had, :class:`LeaseError` if it was taken over
+        by another forge, because this one was silent for too long.
         """
         check_available(pipeline)
-        await asyncio.to_thread(
-            self._urza.set_blueprint_status, blueprint_id, BlueprintStatus.COMPILING
-        )
-        try:
-            artifact_id, remark = await self._package(blueprint_id, pipeline)
-        except asyncio.CancelledError:
-            await self._settle(blueprint_id, BlueprintStatus.UNVALIDATED, "cancelled")
-            raise
-        except Exception as error:
-            await self._settle(blueprint_id, BlueprintStatus.INVALID, str(error) or repr(error))
-            raise
-        await self._settle(blueprint_id, BlueprintStatus.COMPILED, remark)
-        self._announce(Topic.KERNEL_READY, KernelReady(artifact_id=artifact_id))
-        return artifact_id
+        async with self._turn:
+            if await self._claim(blueprint_id) is None:
+                status, _ = await asyncio.to_thread(self._urza.blueprint_status, blueprint_id)
+                raise LibraryError(f"blueprint {blueprint_id} is {status}; it cannot be compiled")
+            return await self._compile_leased(blueprint_id, pipeline, self._worker)
 
     async def run(self) -> None:
-        """Compile what waits in the library, and what is announced until the bus closes.
+        """Compile what waits in the library and what is announced, until the bus closes.
 
-        A blueprint that fails is logged and left INVALID. Without a bus it returns when nothing
+        A blueprint that fails is logged and left INVALID. When the bus closes, what is being
+        compiled is finished; cancellation gives it back. Without a bus it returns when nothing
         waits any more.
         """
         if self._bus is None:
-            for blueprint_id in await asyncio.to_thread(self._left_behind):
-                await self._compile_if_due(blueprint_id)
+            while await self._compile_next():
+                pass
             return
-        submitted = self._bus.subscribe(Topic.BLUEPRINT_SUBMITTED, group=_NAME)
-        for blueprint_id in await asyncio.to_thread(self._left_behind):
-            self._announce_blueprint(blueprint_id)
-        async for message in submitted:
-            assert isinstance(message.payload, BlueprintSubmitted)
-            await self._compile_if_due(message.payload.blueprint_id)
+        chores: list[Chore] = [self._compile_next]
+        if self._settings.recompiles_when_idle:
+            chores.append(self._recompile_next)
+        for blueprint_id in await asyncio.to_thread(
+            self._urza.blueprints, BlueprintStatus.UNVALIDATED
+        ):
+            self._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id=blueprint_id))
+        await attend(
+            self._bus,
+            Topic.BLUEPRINT_SUBMITTED,
+            _NAME,
+            self._see_to,
+            *chores,
+            interval_s=self._settings.poll_interval_s,
+        )
+
+    async def status(self) -> ForgeStatus:
+        """Return what waits in the library, and what this forge did in the last hour."""
+        return await asyncio.to_thread(self._urza.forge_status, self.owner)
 
     async def close(self) -> None:
-        """Kill the child process. What it was doing fails with :class:`WorkerError`."""
+        """Kill the child processes. What they were doing fails with :class:`WorkerError`."""
         await self._worker.close()
+        await self._recompiler.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,14 +165,174 @@ class Tezzeret:
     ) -> None:
         await self.close()
 
-    async def _compile_if_due(self, blueprint_id: str) -> None:
-        if not await asyncio.to_thread(self._is_due, blueprint_id):
-            return
+    # ------------------------------------------------------------------ what to do next
+
+    async def _see_to(self, submitted: Contract) -> None:
+        """Compile what is wanted most, until what was announced is finished or another's."""
+        assert isinstance(submitted, BlueprintSubmitted)
+        blueprint_id = submitted.blueprint_id
         try:
-            await self.compile(blueprint_id)
+            while await asyncio.to_thread(self._waits, blueprint_id):
+                if not await self._compile_next():
+                    return
+            if await asyncio.to_thread(self._is_unfinished, blueprint_id):
+                await self._compile_next(blueprint_id)
+        except (ArtifactError, *_NO_FAULT_OF_THE_BLUEPRINT) as error:
+            logger.warning("blueprint %s was not compiled: %s", blueprint_id, error)
+
+    async def _compile_next(self, blueprint_id: str | None = None) -> bool:
+        """Compile what is wanted most, or a certain one; return False if there is nothing to do."""
+        async with self._turn:
+            return await self._attempt(blueprint_id, Pipeline.FAST, self._worker)
+
+    async def _recompile_next(self) -> bool:
+        """Make the kernel that is most worth making anew, if the machine is idle."""
+        cores = os.cpu_count() or 1
+        if not is_idle(os.getloadavg()[0], cores, self._settings):
+            return False
+        try:
+            wish = await asyncio.to_thread(self._find_recompilation)
+        except _NO_FAULT_OF_THE_BLUEPRINT as error:
+            logger.warning("the forge cannot work: %s", error)
+            return False
+        if wish is None:
+            await self._recompiler.close()  # a warm process that may not be needed for days
+            return False
+        logger.info("blueprint %s: %s again: %s", wish.blueprint_id, wish.pipeline, wish.reason)
+        return await self._attempt(wish.blueprint_id, wish.pipeline, self._recompiler)
+
+    def _find_recompilation(self) -> Recompilation | None:
+        if not has_budget(self._urza.forge_status(), self._settings):
+            return None
+        available = [pipeline for pipeline in Pipeline if _is_available(pipeline)]
+        prospects = self._urza.recompilation_prospects(self._device, torch_release(), available)
+        return next(iter(recompilations(prospects, available, self._settings)), None)
+
+    async def _attempt(
+        self, blueprint_id: str | None, pipeline: Pipeline, worker: WorkerProcess
+    ) -> bool:
+        """Claim and compile; log what goes wrong. False says: look again later."""
+        try:
+            claimed = await self._claim(blueprint_id)
+            if claimed is None:
+                await self._report()
+                return False
+            self._reported = False
+            await self._compile_leased(claimed, pipeline, worker)
+        except LeaseError as error:
+            logger.info("%s", error)  # its new owner comes to the same kernel
+        except _NO_FAULT_OF_THE_BLUEPRINT as error:
+            logger.warning("the forge cannot work: %s", error)
+            return False
         except EsperError as error:
-            logger.warning("blueprint %s was not compiled: %s", blueprint_id, _shortened(error))
-            logger.debug("blueprint %s: %s", blueprint_id, error)
+            logger.warning("blueprint %s was not compiled: %s", claimed, _shortened(error))
+            logger.debug("blueprint %s: %s", claimed, error)
+        return True
+
+    async def _report(self) -> None:
+        """Say what was done, when there is nothing left to do."""
+        if not self._reported:
+            self._reported = True
+            status = await self.status()
+            logger.info(
+                "nothing waits; in the last %.0f min %s, %d failed, at work %.0f %% of the time",
+                status.window_s / 60,
+                ", ".join(f"{made} {name}" for name, made in status.compiled.items()) or "none",
+                status.failed,
+                100 * status.utilisation,
+            )
+
+    # ------------------------------------------------------------------ one blueprint
+
+    async def _claim(self, blueprint_id: str | None) -> str | None:
+        return await asyncio.to_thread(
+            self._urza.claim_blueprint,
+            self.owner,
+            self._settings.lease_s,
+            blueprint_id=blueprint_id,
+        )
+
+    async def _compile_leased(
+        self, blueprint_id: str, pipeline: Pipeline, worker: WorkerProcess
+    ) -> str:
+        clock = _Clock(worker)
+        try:
+            artifact_id, remark = await while_leased(
+                self._package(blueprint_id, pipeline, worker),
+                lambda lease_s: self._urza.renew_lease(blueprint_id, self.owner, lease_s),
+                self._settings.lease_s,
+            )
+        except LeaseError:
+            raise
+        except asyncio.CancelledError:
+            await self._give_back(blueprint_id, "cancelled")
+            raise
+        except _NO_FAULT_OF_THE_BLUEPRINT as error:
+            await self._give_back(blueprint_id, str(error))
+            raise
+        except Exception as error:
+            log = str(error) or repr(error)
+            await self._finish(blueprint_id, pipeline, clock, None, log)
+            raise
+        await self._finish(blueprint_id, pipeline, clock, artifact_id, remark)
+        self._announce(Topic.KERNEL_READY, KernelReady(artifact_id=artifact_id))
+        return artifact_id
+
+    async def _package(
+        self, blueprint_id: str, pipeline: Pipeline, worker: WorkerProcess
+    ) -> tuple[str, str]:
+        """Have the artifact made and publish it.
+
+        Returns its id, and why it is of a simpler pipeline if it is.
+        """
+        blueprint = await asyncio.to_thread(self._urza.blueprint, blueprint_id)
+        graph = await asyncio.to_thread(self._urza.graph, blueprint_id)
+        settings = self._settings
+        header, files = await worker.call(
+            "package",
+            {
+                "blueprint": blueprint.model_dump(mode="json"),
+                "device": self._device,
+                "pipeline": pipeline,
+            },
+            {GRAPH_FILE: graph},
+            timeout_s=(
+                settings.timeout_s if pipeline is Pipeline.FAST else settings.optimizing_timeout_s
+            ),
+        )
+        manifest = KernelManifest.model_validate(header["manifest"])
+        artifact_id = await asyncio.to_thread(self._urza.publish_kernel, manifest, files)
+        if header["remark"]:
+            logger.info("blueprint %s: %s", blueprint_id, header["remark"])
+        return artifact_id, header["remark"]
+
+    async def _finish(
+        self,
+        blueprint_id: str,
+        pipeline: Pipeline,
+        clock: "_Clock",
+        artifact_id: str | None,
+        log: str = "",
+    ) -> None:
+        compilation = Compilation(
+            blueprint_id=blueprint_id,
+            pipeline=pipeline,
+            device=self._device,
+            torch_version=torch_release(),
+            owner=self.owner,
+            artifact_id=artifact_id,
+            log=log,
+            wall_s=clock.wall_s(),
+            cpu_s=clock.cpu_s(),
+        )
+        await asyncio.to_thread(self._urza.finish_compilation, compilation)
+
+    async def _give_back(self, blueprint_id: str, log: str) -> None:
+        try:
+            await asyncio.to_thread(self._urza.release_blueprint, blueprint_id, self.owner, log)
+        except (LibraryError, OSError) as error:
+            # Nobody is harmed: the lease runs out, and another forge takes it over.
+            logger.warning("blueprint %s was not given back: %s", blueprint_id, error)
 
     async def _trace(
         self, design: Design, site: SiteSignature, dtype: str
@@ -165,61 +350,51 @@ class Tezzeret:
         )
         return Blueprint.model_validate(header["blueprint"]), blobs[GRAPH_FILE]
 
-    async def _package(self, blueprint_id: str, pipeline: Pipeline) -> tuple[str, str]:
-        """Return the artifact's id, and why it is of a simpler pipeline if it is."""
-        blueprint = await asyncio.to_thread(self._urza.blueprint, blueprint_id)
-        graph = await asyncio.to_thread(self._urza.graph, blueprint_id)
-        header, files = await self._worker.call(
-            "package",
-            {
-                "blueprint": blueprint.model_dump(mode="json"),
-                "device": self._device,
-                "pipeline": pipeline,
-            },
-            {GRAPH_FILE: graph},
-            timeout_s=self._timeout_s(pipeline),
+    def _make_worker(self) -> WorkerProcess:
+        return WorkerProcess(
+            "esper.tezzeret.child",
+            niceness=self._settings.niceness,
+            memory_limit_bytes=self._settings.memory_limit_bytes,
         )
-        manifest = KernelManifest.model_validate(header["manifest"])
-        if header["remark"]:
-            logger.info("blueprint %s: %s", blueprint_id, header["remark"])
-        artifact_id = await asyncio.to_thread(self._urza.publish_kernel, manifest, files)
-        return artifact_id, header["remark"]
-
-    def _timeout_s(self, pipeline: Pipeline) -> float:
-        settings = self._settings
-        return settings.timeout_s if pipeline is Pipeline.FAST else settings.native_timeout_s
-
-    async def _settle(self, blueprint_id: str, status: BlueprintStatus, log: str = "") -> None:
-        try:
-            await asyncio.to_thread(self._urza.set_blueprint_status, blueprint_id, status, log)
-        except LibraryError as error:
-            # Another forge took us for lost. It comes to the same artifact.
-            logger.info("%s: %s", _NAME, error)
-
-    def _announce_blueprint(self, blueprint_id: str) -> None:
-        self._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id=blueprint_id))
 
     def _announce(self, topic: Topic, payload: Contract) -> None:
         if self._bus is not None:
             self._bus.publish(topic, _NAME, payload)
 
-    def _left_behind(self) -> list[str]:
-        """Return what is waiting, with what a forge was compiling when it was lost."""
-        for blueprint_id in self._urza.blueprints(BlueprintStatus.COMPILING):
-            with suppress(LibraryError):  # it was not lost, and has just finished
-                self._urza.set_blueprint_status(
-                    blueprint_id, BlueprintStatus.UNVALIDATED, "its forge was lost"
-                )
-        return self._urza.blueprints(BlueprintStatus.UNVALIDATED)
+    def _waits(self, blueprint_id: str) -> bool:
+        return self._urza.blueprint_status(blueprint_id)[0] is BlueprintStatus.UNVALIDATED
 
-    def _is_due(self, blueprint_id: str) -> bool:
-        """Tell whether the library has no kernel of it for this device and release of torch."""
+    def _is_unfinished(self, blueprint_id: str) -> bool:
+        """Tell whether it waits, is worked on, or was not tried for this device and torch."""
         status, _ = self._urza.blueprint_status(blueprint_id)
-        if status is not BlueprintStatus.COMPILED:
-            return status is BlueprintStatus.UNVALIDATED
-        wanted = (blueprint_id, self._device, torch_release())
-        made = (record.manifest for record in self._urza.kernels())
-        return wanted not in {(m.blueprint_id, m.device, m.torch_version) for m in made}
+        if status is BlueprintStatus.COMPILED:
+            return not self._urza.was_tried(
+                blueprint_id, Pipeline.FAST, self._device, torch_release()
+            )
+        return status is not BlueprintStatus.INVALID
+
+
+class _Clock:
+    """The time since it was made: that has passed, and that a worker has computed."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+        self._began_s = time.monotonic()
+        self._spent_s = worker.cpu_time_s()
+
+    def wall_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def cpu_s(self) -> float:
+        return max(0.0, self._worker.cpu_time_s() - self._spent_s)
+
+
+def _is_available(pipeline: Pipeline) -> bool:
+    try:
+        check_available(pipeline)
+    except ValueError:
+        return False
+    return True
 
 
 def _shortened(error: Exception) -> str:

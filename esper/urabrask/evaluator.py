@@ -7,17 +7,28 @@ from typing import Self
 
 from esper.config import EvaluatorSettings
 from esper.contracts import (
+    Contract,
     KernelBundle,
     KernelCharacterized,
     KernelReady,
     KernelStatement,
-    KernelStatus,
     Topic,
     UrabraskValidationReport,
 )
-from esper.errors import ArtifactError, ArtifactIntegrityError, WorkerError
+from esper.errors import (
+    ArtifactError,
+    ArtifactIntegrityError,
+    LeaseError,
+    LibraryError,
+    MachineError,
+    WorkerError,
+)
 from esper.oona import Oona
+from esper.oona.attendance import attend
+from esper.tezzeret.pipelines import torch_release
+from esper.urabrask.turn import device_to_itself
 from esper.urza import Urza
+from esper.urza.tenure import unique_owner, while_leased
 from esper.worker import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -29,15 +40,24 @@ _OWN_TIME_S = 60.0  # to start the worker and its sandbox, and to compute the re
 class Urabrask:
     """Evaluates kernels in a child process, signs the verdicts and records them in the library.
 
-    Belongs to one event loop, whose thread only ever awaits.
+    Belongs to one event loop, whose thread only ever awaits. :meth:`run` looks after kernels for
+    one kind of device; any number of evaluators share them.
     """
 
     def __init__(
-        self, urza: Urza, bus: Oona | None = None, settings: EvaluatorSettings | None = None
+        self,
+        urza: Urza,
+        bus: Oona | None = None,
+        settings: EvaluatorSettings | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._urza = urza
         self._bus = bus
         self._settings = settings or EvaluatorSettings()
+        self._device = device
+        self.owner = unique_owner(_GROUP)
+        self._turn = asyncio.Lock()
         self._worker = WorkerProcess(
             "esper.urabrask.child",
             niceness=self._settings.niceness,
@@ -62,19 +82,24 @@ class Urabrask:
         return report
 
     async def run(self) -> None:
-        """Evaluate what waits in the library, and then every kernel that is announced as ready.
+        """Evaluate what waits in the library and what is announced as ready, until the bus closes.
 
-        Ends when the bus is closed, and without a bus when nothing waits any more. A kernel that
-        cannot be judged stays PENDING_BENCHMARKING, and one log line says why.
+        Without a bus it returns when nothing waits any more. A kernel that cannot be judged stays
+        PENDING_BENCHMARKING, and one log line says why; it is tried again when its lease ran out.
+        When the bus closes, the verdict at hand is finished; cancellation gives the kernel back.
         """
-        pending = await asyncio.to_thread(self._urza.kernels, KernelStatus.PENDING_BENCHMARKING)
-        for record in pending:
-            await self._process(record.artifact_id)
         if self._bus is None:
+            while await self._evaluate_next():
+                pass
             return
-        async for message in self._bus.subscribe(Topic.KERNEL_READY, _GROUP):
-            assert isinstance(message.payload, KernelReady)
-            await self._process(message.payload.artifact_id)
+        await attend(
+            self._bus,
+            Topic.KERNEL_READY,
+            _GROUP,
+            self._see_to,
+            self._evaluate_next,
+            interval_s=self._settings.poll_interval_s,
+        )
 
     async def close(self) -> None:
         """Kill the worker process and everything that it started."""
@@ -108,14 +133,59 @@ class Urabrask:
         )
         return UrabraskValidationReport.model_validate(answer["report"])
 
-    async def _process(self, artifact_id: str) -> None:
-        """Evaluate a kernel that still waits for it; a message may come twice."""
+    async def _see_to(self, ready: Contract) -> None:
+        assert isinstance(ready, KernelReady)
+        await self._evaluate_next(ready.artifact_id)
+
+    async def _evaluate_next(self, artifact_id: str | None = None) -> bool:
+        """Evaluate the oldest kernel that waits, or a certain one if it does.
+
+        Logs what goes wrong. False says: look again later.
+        """
+        async with self._turn, device_to_itself(self._device):
+            claimed = artifact_id
+            try:
+                claimed = await self._claim(artifact_id)
+                if claimed is None:
+                    return False
+                await self._evaluate_leased(claimed)
+            except LeaseError as error:
+                logger.info("%s", error)
+            except (LibraryError, MachineError, OSError) as error:
+                logger.warning("the evaluator cannot work: %s", error)
+                return False
+            except (ArtifactError, WorkerError) as error:
+                assert claimed is not None
+                logger.warning("kernel %s was not evaluated: %s", claimed[:12], error)
+        return True
+
+    async def _claim(self, artifact_id: str | None) -> str | None:
+        return await asyncio.to_thread(
+            self._urza.claim_kernel,
+            self.owner,
+            self._settings.lease_s,
+            device=self._device,
+            torch_version=torch_release(),
+            artifact_id=artifact_id,
+        )
+
+    async def _evaluate_leased(self, artifact_id: str) -> None:
         try:
-            record = await asyncio.to_thread(self._urza.kernel, artifact_id)
-            if record.status is KernelStatus.PENDING_BENCHMARKING:
-                await self.evaluate(artifact_id)
-        except (ArtifactError, WorkerError) as error:
-            logger.warning("kernel %s was not evaluated: %s", artifact_id[:12], error)
+            await while_leased(
+                self.evaluate(artifact_id),
+                lambda lease_s: self._urza.renew_kernel_lease(artifact_id, self.owner, lease_s),
+                self._settings.lease_s,
+            )
+        except (asyncio.CancelledError, LibraryError, MachineError, OSError):
+            await self._give_back(artifact_id)
+            raise
+        await self._give_back(artifact_id)
+
+    async def _give_back(self, artifact_id: str) -> None:
+        try:
+            await asyncio.to_thread(self._urza.release_kernel, artifact_id, self.owner)
+        except (LibraryError, OSError) as error:
+            logger.debug("%s", error)  # it was taken over, or will be when the lease runs out
 
     def _announce(self, report: UrabraskValidationReport) -> None:
         if self._bus is not None:

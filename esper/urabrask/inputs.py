@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.blueprints.example import example_inputs
 from esper.contracts import KernelManifest
+from esper.kasmina.example import example_inputs
 
 _NEIGHBOUR_CHANNELS = 2  # of the layer's output that do not belong to the seed
 _PERTURBATION = 0.5

@@ -14,11 +14,15 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, insert, select, true, update
 
+import esper.urza.compilations as compilations
+import esper.urza.kernel_leases as kernel_leases
 from esper.contracts import (
     Blueprint,
     BlueprintRecord,
     BlueprintStatus,
+    Compilation,
     FieldReport,
+    ForgeStatus,
     KernelBundle,
     KernelManifest,
     KernelQuery,
@@ -26,6 +30,8 @@ from esper.contracts import (
     KernelStatement,
     KernelStatus,
     LifecycleEvent,
+    Pipeline,
+    RecompilationProspect,
     UrabraskValidationReport,
     canonical_json,
 )
@@ -257,6 +263,44 @@ class Urza:
             check_owner(row, owner, self._database.now_s(connection))
             self._change_status(connection, row, BlueprintStatus(row.leased_from), log)
 
+    def finish_compilation(self, compilation: Compilation) -> None:
+        """Settle a leased blueprint by what came of compiling it; LeaseError if it is not.
+
+        It becomes COMPILED with a kernel, INVALID without one, unless it was COMPILED before: its
+        other kernels are as good as they were.
+        """
+        with self._database.write() as connection:
+            row = _blueprint_row(connection, compilation.blueprint_id)
+            now_s = self._database.now_s(connection)
+            check_owner(row, compilation.owner, now_s)
+            recompiled = row.leased_from == BlueprintStatus.COMPILED
+            good = recompiled or compilation.artifact_id is not None
+            compilations.record(connection, compilation, recompiled=recompiled, now_s=now_s)
+            status = BlueprintStatus.COMPILED if good else BlueprintStatus.INVALID
+            self._change_status(connection, row, status, compilation.log)
+
+    def was_tried(
+        self, blueprint_id: str, pipeline: Pipeline, device: str, torch_version: str
+    ) -> bool:
+        """Tell whether a forge has tried to make such a kernel, with success or without."""
+        with self._database.read() as connection:
+            return compilations.tried(
+                connection, checked_digest(blueprint_id), pipeline, device, torch_version
+            )
+
+    def recompilation_prospects(
+        self, device: str, torch_version: str, pipelines: Collection[Pipeline]
+    ) -> list[RecompilationProspect]:
+        """Return what one of ``pipelines`` might make anew, the most interesting first."""
+        with self._database.read() as connection:
+            return compilations.prospects(connection, device, torch_version, pipelines)
+
+    def forge_status(self, owner: str | None = None, *, window_s: float = 3600.0) -> ForgeStatus:
+        """Return what waits, and what was done in the last ``window_s``, by ``owner`` or by all."""
+        with self._database.read() as connection:
+            now_s = self._database.now_s(connection)
+            return compilations.status(connection, now_s, owner, window_s)
+
     def set_interest(
         self, blueprint_id: str, role: Literal["tamiyo", "urabrask"], score: float
     ) -> None:
@@ -301,6 +345,49 @@ class Urza:
                     details={"blueprint": manifest.blueprint_id, "files": manifest.files},
                 )
         return artifact_id
+
+    def claim_kernel(
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        device: str,
+        torch_version: str,
+        artifact_id: str | None = None,
+    ) -> str | None:
+        """Lease the oldest kernel that waits for a verdict to ``owner``; None if there is none.
+
+        Only kernels for that device and release of torch are given out, as nobody else can judge
+        them. By id a certain one is claimed, if it can be had. The lease bars other claims until
+        it runs out or is given back; it leaves no audit entry.
+        """
+        check_terms(owner, lease_s)
+        with self._database.write() as connection:
+            if artifact_id is not None:
+                _kernel_row(connection, artifact_id)
+            return kernel_leases.claim(
+                connection,
+                storable(owner),
+                self._database.now_s(connection),
+                lease_s,
+                device=device,
+                torch_version=torch_version,
+                artifact_id=artifact_id,
+            )
+
+    def renew_kernel_lease(self, artifact_id: str, owner: str, lease_s: float) -> None:
+        """Let the lease end ``lease_s`` seconds from now; LeaseError if somebody else has it."""
+        check_terms(owner, lease_s)
+        with self._database.write() as connection:
+            _kernel_row(connection, artifact_id)
+            expires_at_s = self._database.now_s(connection) + lease_s
+            kernel_leases.renew(connection, artifact_id, owner, expires_at_s)
+
+    def release_kernel(self, artifact_id: str, owner: str) -> None:
+        """Let others claim a kernel; LeaseError if somebody else has it."""
+        with self._database.write() as connection:
+            _kernel_row(connection, artifact_id)
+            kernel_leases.release(connection, artifact_id, owner)
 
     def kernel(self, artifact_id: str) -> KernelRecord:
         with self._database.read() as connection:

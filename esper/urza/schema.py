@@ -19,7 +19,7 @@ from sqlalchemy import (
 
 from esper.contracts import BlueprintStatus, KernelStatus
 
-REVISION = "0002"  # of alembic, the newest in ``migrations/versions``
+REVISION = "0003"  # of alembic, the newest in ``migrations/versions``
 
 # Told to the first Esper, which knew nothing of revisions and refuses all numbers but 1.
 SUPERSEDED = 2
@@ -73,7 +73,7 @@ kernels = Table(
     metadata,
     Column("position", Integer, primary_key=True),
     Column("artifact_id", String(64), nullable=False, unique=True),
-    Column("blueprint_id", ForeignKey(blueprints.c.blueprint_id), nullable=False),
+    Column("blueprint_id", ForeignKey(blueprints.c.blueprint_id), nullable=False, index=True),
     Column("manifest", Text, nullable=False),
     Column("site_digest", String(64), nullable=False),
     Column("dtype", String, nullable=False),
@@ -115,6 +115,33 @@ reports = Table(
     Column("status", String, nullable=False),
     Column("report_digest", String(64), nullable=False),
     Column("signature", String, nullable=False),
+)
+
+# Who judges a kernel, and until when nobody else does. A row whose time is over says nothing.
+kernel_leases = Table(
+    "kernel_leases",
+    metadata,
+    Column("artifact_id", ForeignKey(kernels.c.artifact_id), primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("expires_at", Float, nullable=False),  # seconds since the Unix epoch
+)
+
+# Every attempt of a forge, those that failed among them: what was tried is not tried again.
+compilations = Table(
+    "compilations",
+    metadata,
+    Column("position", Integer, primary_key=True),
+    Column("blueprint_id", ForeignKey(blueprints.c.blueprint_id), nullable=False),
+    Column("pipeline", String, nullable=False),
+    Column("device", String, nullable=False),
+    Column("torch_version", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("artifact_id", ForeignKey(kernels.c.artifact_id)),
+    Column("recompiled", Boolean, nullable=False),
+    Column("wall_s", Float, nullable=False),
+    Column("cpu_s", Float, nullable=False),
+    Column("finished_at", Float, nullable=False, index=True),  # seconds since the Unix epoch
+    Index("compilations_by_target", "blueprint_id", "device", "torch_version", "pipeline"),
 )
 
 field_reports = Table(

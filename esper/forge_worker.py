@@ -1,0 +1,142 @@
+"""One worker process of ``esper forge``: a forge or an evaluator at a library of many.
+
+``python -m esper.forge_worker tezzeret`` works until it is told to stop, by SIGTERM or SIGINT. Then
+it finishes what it has at hand, but in ``--drain-s`` seconds at most: what is not finished by then
+goes back to the library. With ``--once`` it ends when nothing waits any more.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from esper.config import EvaluatorSettings, ForgeSettings
+from esper.errors import EsperError
+from esper.oona import MemoryBus, Oona
+from esper.tezzeret import Tezzeret
+from esper.urabrask import Urabrask
+from esper.urza import Urza
+
+ROLES = ("tezzeret", "urabrask")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a worker and the service that starts it have in common."""
+    parser.add_argument(
+        "--library",
+        type=Path,
+        help="folder of the library (default: where $URZA_URL and $URZA_BLOBS say)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what kernels are made for"
+    )
+    parser.add_argument("--once", action="store_true", help="work off what waits, then end")
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        default=20.0,
+        help="seconds in which work at hand may be finished after SIGTERM (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lease-s",
+        type=float,
+        default=60.0,
+        help="seconds after which a silent worker is taken for lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--poll-s",
+        type=float,
+        default=5.0,
+        help="seconds between two looks at what waits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-recompiling", action="store_true", help="leave idle time and budget unused"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log at DEBUG")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m esper.forge_worker", description=__doc__)
+    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("--name", default="", help="shown in the log")
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    configure_logging(options.name or options.role, verbose=options.verbose)
+    _end_with_parent()
+    try:
+        with Urza(options.library) as urza:
+            asyncio.run(work(urza, None if options.once else MemoryBus(), options))
+            if options.once:
+                _check_done(urza, options.role)
+    except (EsperError, OSError) as error:
+        sys.exit(f"{options.role}: {error}")
+
+
+def configure_logging(name: str, *, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format=f"%(asctime)s {name} %(levelname)s: %(message)s",
+    )
+
+
+async def work(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> None:
+    """Run one worker until nothing waits, where there is no bus, or until a signal closes it."""
+    async with _WORKERS[options.role](urza, bus, options) as worker:
+        running = asyncio.create_task(worker.run())
+        loop = asyncio.get_running_loop()
+
+        def drain() -> None:
+            if bus is not None:
+                bus.close()
+            loop.call_later(options.drain_s, running.cancel)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, drain)
+        try:
+            await running
+        except asyncio.CancelledError:
+            logging.getLogger(__name__).info("what was not finished was given back")
+
+
+def _make_tezzeret(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Tezzeret:
+    settings = ForgeSettings(
+        lease_s=options.lease_s,
+        poll_interval_s=options.poll_s,
+        recompiles_when_idle=not options.no_recompiling,
+    )
+    return Tezzeret(urza, bus, settings, device=options.device)
+
+
+def _make_urabrask(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Urabrask:
+    settings = EvaluatorSettings(lease_s=options.lease_s, poll_interval_s=options.poll_s)
+    return Urabrask(urza, bus, settings, device=options.device)
+
+
+_WORKERS: dict[str, Callable[[Urza, Oona | None, argparse.Namespace], Tezzeret | Urabrask]] = {
+    "tezzeret": _make_tezzeret,
+    "urabrask": _make_urabrask,
+}
+
+
+def _check_done(urza: Urza, role: str) -> None:
+    """Raise EsperError if something waits that this worker could not do; others may be at it."""
+    status = urza.forge_status()
+    waiting = status.waiting_blueprints if role == "tezzeret" else status.waiting_kernels
+    if waiting:
+        raise EsperError(f"{waiting} still wait, see the log")
+
+
+def _end_with_parent() -> None:
+    """Be told to stop when the service that started this process dies, of SIGKILL too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

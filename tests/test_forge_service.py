@@ -1,0 +1,152 @@
+"""``esper forge``: real processes at one library, killed, told to stop, and sharing the work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from forge_samples import SITES
+from urza_backends import Place
+
+from esper import blueprints
+from esper.contracts import BlueprintStatus, Design, KernelStatus, Pipeline
+from esper.tezzeret.trace import trace
+from esper.urza import Urza
+
+pytestmark = pytest.mark.timeout(300)
+
+UNVALIDATED, COMPILING, COMPILED, INVALID = BlueprintStatus
+DEADLINE_S = 200.0
+_FORGE = [sys.executable, "-m", "esper", "forge", "--no-recompiling"]
+
+
+@contextmanager
+def forge(place: Place, *options: str) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {
+        "URZA_URL": place.url,
+        "URZA_BLOBS": place.blobs,
+        "URZA_KEY": str(place.key_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    process = subprocess.Popen(
+        [*_FORGE, *options], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def store(urza: Urza, design: Design) -> str:
+    blueprint, graph, _ = trace(design, SITES["linear"], "float32")
+    return urza.submit_blueprint(blueprint, graph)
+
+
+def moody(folder: Path) -> Design:
+    folder.mkdir()
+    os.mkfifo(folder / "fifo")
+    return Design(name=folder.name, builder="forge_samples:Moody", hparams={"folder": str(folder)})
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.05)  # what it waits for happens in other processes
+
+
+def pid_of(owner: str | None) -> int:
+    """Return the process that a lease's owner names, as in "tezzeret@host:123-a1b2c3"."""
+    assert owner is not None
+    return int(owner.rpartition(":")[2].partition("-")[0])
+
+
+def test_processes_work_off_what_waits_and_do_nothing_twice(
+    urza: Urza, place: Place, tmp_path: Path
+) -> None:
+    good = [store(urza, blueprints.get(name)) for name in ("low_rank", "norm", "gated")]
+    bad = store(urza, moody(tmp_path / "bad"))
+    (tmp_path / "bad" / "crash").touch()
+    with forge(place, "--once", "--tezzeret", "2", "--urabrask", "2") as process:
+        _, log = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, log
+    assert [urza.blueprint_status(i)[0] for i in good] == [COMPILED] * 3
+    assert urza.blueprint_status(bad)[0] is INVALID
+    assert "exit status 3" in urza.blueprint_status(bad)[1]
+    status = urza.forge_status()
+    assert (status.compiled, status.failed) == ({Pipeline.FAST: 3}, 1)
+    assert 0 < status.utilisation < 2
+    assert [kernel.status for kernel in urza.kernels()] == [KernelStatus.VALIDATED] * 3
+    events = [entry.event for entry in urza.audit.entries()]
+    assert events.count("kernel.reported") == 3
+    urza.verify()
+
+
+def test_killed_taken_over_and_told_to_stop(urza: Urza, place: Place, tmp_path: Path) -> None:
+    first, second = moody(tmp_path / "first"), moody(tmp_path / "second")
+    lost, unfinished = store(urza, first), store(urza, second)
+    for folder in ("first", "second"):
+        (tmp_path / folder / "hang").touch()
+    options = ("--urabrask", "0", "--poll-s", "0.1", "--drain-s", "0.1")
+    with forge(place, *options) as process:
+        assert (tmp_path / "first" / "fifo").read_text() == "reached"
+        os.kill(pid_of(urza.blueprint_record(lost).lease_owner), signal.SIGKILL)
+        (tmp_path / "first" / "hang").unlink()
+        # It is started again; what was lost is leased for another minute, so it takes the second.
+        assert (tmp_path / "second" / "fifo").read_text() == "reached"
+        assert urza.blueprint_status(lost)[0] is COMPILING
+        place.execute("UPDATE blueprints SET lease_expires_at = 1 WHERE blueprint_id = :i", i=lost)
+        with forge(place, *options, "--once") as heir:
+            _, log = heir.communicate(timeout=DEADLINE_S)
+        assert heir.returncode == 0, log
+        assert urza.blueprint_status(lost) == (COMPILED, "")
+        assert urza.blueprint_status(unfinished)[0] is COMPILING
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, log
+    assert "tezzeret 0 ended with -9; again in 1 s" in log
+    assert "what was not finished was given back" in log
+    assert "Traceback" not in log
+    assert urza.blueprint_status(unfinished) == (UNVALIDATED, "cancelled")
+    assert urza.forge_status().compiled == {Pipeline.FAST: 1}
+    urza.verify()
+
+
+def test_workers_stop_when_the_service_is_killed(tmp_path: Path) -> None:
+    with Urza(tmp_path / "library") as urza:
+        blueprint_id = store(urza, moody(tmp_path / "design"))
+        (tmp_path / "design" / "hang").touch()
+        options = ("--library", str(tmp_path / "library"), "--urabrask", "0", "--drain-s", "0.1")
+        process = subprocess.Popen(
+            [*_FORGE, *options],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stderr=subprocess.DEVNULL,
+        )
+        with process:
+            assert (tmp_path / "design" / "fifo").read_text() == "reached"
+            process.kill()
+        wait_for(lambda: urza.blueprint_status(blueprint_id)[0] is UNVALIDATED)
+
+
+def test_status_is_printed_and_a_missing_library_named(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    Urza(tmp_path / "library").close()
+    told = subprocess.run(
+        [*_FORGE, "--status", "--library", str(tmp_path / "library")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"waiting_blueprints": 0' in told.stdout
+    refused = subprocess.run(
+        [*_FORGE, "--status"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "esper forge: a library without a folder needs URZA_URL" in refused.stderr
