@@ -18,6 +18,11 @@ class CacheStats:
     held_bytes: int
     capacity_bytes: int
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of hits among all look-ups; 0 before the first one."""
+        return self.hits / max(1, self.hits + self.misses)
+
 
 class KernelCache:
     """Prototype kernels by artifact id; each seed works on a copy of its own. Thread-safe.

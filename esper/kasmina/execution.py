@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _REMEMBERED_COMMANDS = 4096  # ids kept so that a command delivered twice is obeyed once
 _NEVER = 2**62
+_LOADER_THREADS = 2  # while one waits for the library, the other builds
 _REFRESH_EVERY = 8  # steps between two looks at what the device did to occupied seeds
 
 # Modules that carry some model's seeds: a second wrap must not plant on them again.
@@ -188,7 +189,7 @@ class Kasmina:
     def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
         """GERMINATED > LOADING: have the kernel prepared in the background. Training thread."""
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="esper-loader")
+            self._executor = ThreadPoolExecutor(_LOADER_THREADS, thread_name_prefix="esper-loader")
         if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
             tenancy.layer.await_kernel(tenancy.seed_idx)
         tenancy.prepared = self._executor.submit(
@@ -325,7 +326,7 @@ class Kasmina:
             SEEDED.discard(layer.default_transform)
 
     def close(self) -> None:
-        """Stop the loading thread; kernels in place stay, loads under way are given up."""
+        """Stop the loading threads; kernels in place stay, loads under way are given up."""
         for tenancy in self.tenancies.values():
             tenancy.answer(False)
         if self._executor is not None:

@@ -1,11 +1,16 @@
-"""From an artifact id to a kernel that is verified, built and on its device.
+"""From an artifact id to a kernel that is verified, built, on its device and warm.
 
-Runs in a background thread: reading, hashing and building never happen on the training thread.
+Runs in background threads: reading, hashing and building never happen on the training thread, and
+on CUDA the copies run on a stream of their own.
 Building a kernel executes Python source that is generated from the artifact's whitelisted graph,
 which is why digest and signature are checked first, over the very bytes that are built.
 """
 
+import contextlib
 import copy
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
@@ -14,6 +19,7 @@ from esper.contracts import KernelBundle, KernelManifest, SiteSignature
 from esper.errors import ArtifactMismatchError
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.compiled import build
+from esper.kasmina.example import example_inputs
 from esper.kasmina.kernel import Kernel
 from esper.trust import TrustedKey, verify_bundle
 
@@ -28,31 +34,113 @@ class KernelSource(Protocol):
 
 
 class KernelLoader:
-    """Prepares kernels from ``source``; every method may be called from any thread."""
+    """Prepares kernels from ``source``; every method may be called from any thread.
+
+    Of several threads that want the same artifact at once one loads it, and the others wait for it.
+    """
 
     def __init__(self, source: KernelSource, cache: KernelCache):
         self.source = source
         self.cache = cache
+        self._under_way: dict[_Request, Future[Kernel]] = {}
+        self._turn = threading.Lock()  # held for a few look-ups at a time
 
     def prepare(
         self, artifact_id: str, site: SiteSignature, dtype: torch.dtype, device: torch.device
     ) -> Kernel:
-        """Return a fresh kernel for one seed.
+        """Return a fresh kernel for one seed. Waits for the copies to ``device``.
 
         Raises :class:`ArtifactError` or one of its subclasses if the artifact is unknown, not
         VALIDATED, tampered with, or made for another site, dtype, device kind or torch version.
         """
-        prototype = self.cache.get(artifact_id)
-        if prototype is None:
-            bundle = self.source.fetch_kernel(artifact_id)
-            verify_bundle(bundle, self.source.trusted_key)
-            manifest = bundle.record.manifest
-            check_fit(manifest, site, dtype, device)
-            prototype = build(manifest, bundle.files).to(device)
-            self.cache.put(prototype)
-        else:
-            check_fit(prototype.manifest, site, dtype, device)
-        return copy.deepcopy(prototype)
+        prototype = self._prototype((artifact_id, site, dtype, device))
+        check_fit(prototype.manifest, site, dtype, device)
+        with _own_stream(device) as hand_over:
+            return hand_over(copy.deepcopy(prototype))
+
+    def _prototype(self, request: "_Request") -> Kernel:
+        with self._turn:
+            cached = self.cache.get(request[0])
+            if cached is not None:
+                return cached
+            other = self._under_way.get(request)
+            if other is None:
+                mine = self._under_way[request] = Future[Kernel]()
+        if other is not None:
+            return other.result()
+        try:
+            prototype = self._load(*request)
+        except BaseException as error:
+            self._end(request)
+            mine.set_exception(error)
+            raise
+        self.cache.put(prototype)
+        self._end(request)
+        mine.set_result(prototype)
+        return prototype
+
+    def _end(self, request: "_Request") -> None:
+        with self._turn:
+            del self._under_way[request]
+
+    def _load(
+        self, artifact_id: str, site: SiteSignature, dtype: torch.dtype, device: torch.device
+    ) -> Kernel:
+        bundle = self.source.fetch_kernel(artifact_id)
+        verify_bundle(bundle, self.source.trusted_key)
+        manifest = bundle.record.manifest
+        check_fit(manifest, site, dtype, device)
+        kernel = build(manifest, bundle.files)
+        with _own_stream(device) as hand_over:
+            kernel = hand_over(kernel.to(device))
+            warm_up(kernel, device)
+        return kernel
+
+
+_Request = tuple[str, SiteSignature, torch.dtype, torch.device]
+
+
+def warm_up(kernel: Kernel, device: torch.device) -> None:
+    """Run a copy of ``kernel`` forward and backward once, on random inputs of its site.
+
+    What is looked up and loaded at a first call is then there: that costs up to a millisecond on
+    the CPU. Draws from a generator of its own; kernels that draw random numbers in training are
+    run in evaluation only, as the trainer's random numbers are not to be touched.
+    """
+    random = torch.Generator().manual_seed(0)
+    manifest = kernel.manifest
+    inp, act = (
+        tensor.to(device)
+        for tensor in example_inputs(manifest.site, manifest.dtype, 2, generator=random)
+    )
+    replica = copy.deepcopy(kernel).train(not kernel.stochastic)
+    with torch.enable_grad():
+        out = replica(inp, act.requires_grad_())
+        if out.requires_grad:
+            torch.autograd.grad(out, (act, *replica.weights()), out.detach(), allow_unused=True)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[Callable[[Kernel], Kernel]]:
+    """On CUDA run the block on a stream of its own, and wait for it at the end in this thread.
+
+    What the block yields is given a kernel whose memory the training stream will use: the
+    allocator then keeps it from others until that stream is done with it, too.
+    """
+    if device.type != "cuda":
+        yield lambda kernel: kernel
+        return
+    training_stream = torch.cuda.default_stream(device)
+    stream = torch.cuda.Stream(device)
+
+    def hand_over(kernel: Kernel) -> Kernel:
+        for tensor in (*kernel.parameters(), *kernel.buffers()):
+            tensor.record_stream(training_stream)
+        return kernel
+
+    with torch.cuda.stream(stream):
+        yield hand_over
+    stream.synchronize()
 
 
 def check_fit(
