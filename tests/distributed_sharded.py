@@ -17,6 +17,7 @@ from distributed_parts import (
     kernel_parameters,
     kernel_weights,
     life,
+    logged,
     order,
     own_batch,
     plain_step,
@@ -28,7 +29,7 @@ from distributed_parts import (
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.functional import mse_loss
 
@@ -137,6 +138,21 @@ def fsdp_goes_on_from_a_full_state_dict(folder: Path) -> None:
         torch.testing.assert_close(ours, theirs)
     model.kasmina_layers["0"].cull(0, "test")
     plain_step(model, model, again, own_batch(9))
+
+
+@check
+def fsdp_in_another_dtype_than_the_kernels(folder: Path) -> None:
+    library = Library()
+    model = esper.distribute(wrapped(library))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with logged() as lines:
+        assert asyncio.run(model.load_kernel("0", 0, library.residual))
+        model(own_batch(0)[0]).sum().backward()
+        model.step()
+        model.step()
+    assert model.kasmina_layers["0"].state(0) is S.CULLED
+    assert any("failed and is bypassed: RuntimeError" in line for line in lines)
 
 
 @check

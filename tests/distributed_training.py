@@ -282,6 +282,9 @@ def models_that_differ_are_refused(folder: Path) -> None:
     model = esper.distribute(wrapped(library))
     with pytest.raises(EsperError, match="distributed already"):
         esper.distribute(model)
+    data = [own_batch(0)]
+    with pytest.raises(EsperError, match="Tolaria trains in one process"):
+        esper.Tolaria(model, sgd(model), mse_loss, data, data).fit(1)
 
 
 @check

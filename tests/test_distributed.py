@@ -43,6 +43,7 @@ SHARDED = [
     "fsdp_equals_one_process",
     "fsdp_clipping_and_accumulation",
     "fsdp_goes_on_from_a_full_state_dict",
+    "fsdp_in_another_dtype_than_the_kernels",
     "fsdp_refusals",
 ]
 CHECKS = {

@@ -23,6 +23,24 @@ def test_a_design_of_ones_own_grows_and_helps(tmp_path: Path) -> None:
     assert seed.startswith("seed 0 is FOSSILIZED with Kernel(sine, ")
 
 
+def test_several_processes_grow_one_model(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    example = [str(EXAMPLES / "ddp.py"), str(tmp_path / "library")]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *example],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert second == first.replace("rank 0", "rank 1")
+    assert float(first.split()[3].rstrip(",")) < 0.1
+    assert first.endswith("FOSSILIZED")
+
+
 def test_a_kernel_made_and_moved_by_hand(tmp_path: Path) -> None:
     verdict, grafted, stable, culled = output_of("by_hand.py", tmp_path).splitlines()
     assert verdict.startswith("residual_mlp: VALIDATED, ")

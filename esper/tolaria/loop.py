@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esper.contracts import EpochEvent
+from esper.errors import EsperError
 from esper.kasmina.model import MorphableModel
 from esper.tolaria.evaluation import (
     Batch,
@@ -66,8 +67,14 @@ class Tolaria:
         """Train for so many epochs and return what was measured at the end of each.
 
         The device is waited for at the ends of epochs only. Raises ``ValueError`` for a negative
-        number, for a loader that gives no batch, and for a loss that is not one per sample.
+        number, for a loader that gives no batch, and for a loss that is not one per sample, and
+        :class:`EsperError` for a model that is distributed: the model itself is called here, and
+        not the ``DistributedDataParallel`` around it.
         """
+        if self.model.kasmina.peers is not None:
+            raise EsperError(
+                "Tolaria trains in one process; a distributed model needs its own loop"
+            )
         if epochs < 0:
             raise ValueError(f"epochs must be at least 0, got {epochs}")
         first = self.model.kasmina.epoch
