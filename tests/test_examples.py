@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -23,6 +25,7 @@ def test_a_design_of_ones_own_grows_and_helps(tmp_path: Path) -> None:
     assert seed.startswith("seed 0 is FOSSILIZED with Kernel(sine, ")
 
 
+@pytest.mark.timeout(300)  # where processes share cores, they wait for each other often
 def test_several_processes_grow_one_model(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     example = [str(EXAMPLES / "ddp.py"), str(tmp_path / "library")]
@@ -31,7 +34,7 @@ def test_several_processes_grow_one_model(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
