@@ -1,5 +1,7 @@
 """Settings of every subsystem, as frozen pydantic models with the defaults written out once."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from esper.contracts import Contract
@@ -63,3 +65,19 @@ class TamiyoSettings(Contract):
     max_adaptations: int = Field(default=8, ge=0)
     max_parameters: int | None = Field(default=None, ge=0)  # all kernels of the model together
     required_standard_errors: float = 1.0  # contribution must exceed that many to be kept
+
+
+class BusSettings(Contract):
+    """What Oona holds over Redis, and how long it waits."""
+
+    capacity: int = Field(default=16_384, ge=1)  # unacknowledged control messages of a topic
+    telemetry_capacity: int = Field(default=1024, ge=1)  # messages of a topic, here and in Redis
+    telemetry_limit_bytes: int = Field(default=64 * 2**20, gt=0)  # of a topic in Redis, about
+    max_deliveries: int = Field(default=5, ge=1)
+    lease_s: float = Field(default=30.0, gt=0)  # after which a dead consumer's work goes to others
+    forget_group_s: float = Field(default=86_400.0, gt=0)  # for which no consumer has shown itself
+    timeout_s: float = Field(default=2.0, gt=0)  # for one answer of Redis
+    poll_s: float = Field(default=1.0, gt=0)  # between two looks at what nobody announced
+    close_timeout_s: float = Field(default=5.0, gt=0)
+    spool_folder: Path | None = None  # of the local log; None: the user's state folder
+    spool_limit_bytes: int = Field(default=256 * 2**20, gt=0)

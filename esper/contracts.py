@@ -101,7 +101,7 @@ class Topic(StrEnum):
 class Contract(BaseModel):
     """Base of all contracts: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     def canonical(self) -> bytes:
         """Return the RFC 8785 canonical JSON of this contract."""
@@ -533,7 +533,9 @@ PAYLOADS: dict[Topic, type[Contract]] = {
 class OonaMessage(BaseModel):
     """Envelope of everything on the bus; ``payload`` is the contract that belongs to the topic."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="strings"
+    )
 
     topic: Topic
     sender_id: str
@@ -561,9 +563,7 @@ class OonaMessage(BaseModel):
         return self
 
     def to_json(self) -> bytes:
-        return canonical_json(
-            self.model_dump(mode="json") | {"payload": self.payload.model_dump(mode="json")}
-        )
+        return self.model_dump_json(serialize_as_any=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "OonaMessage":

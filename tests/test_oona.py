@@ -1,10 +1,11 @@
-"""The bus: its promises on the embedded transport."""
+"""The bus: its promises, on every transport."""
 
 import asyncio
 import contextlib
 import threading
 
 import pytest
+from redis_servers import MakeBus
 
 from esper.contracts import (
     BlueprintSubmitted,
@@ -15,14 +16,14 @@ from esper.contracts import (
     Topic,
 )
 from esper.errors import BusError
-from esper.oona import MemoryBus
+from esper.oona import MemoryBus, Oona
 
 
 def ready(number: int) -> KernelReady:
     return KernelReady(artifact_id=f"{number:064x}")
 
 
-async def take(bus: MemoryBus, group: str, count: int, topic: Topic = Topic.KERNEL_READY) -> list:
+async def take(bus: Oona, group: str, count: int, topic: Topic = Topic.KERNEL_READY) -> list:
     """Consume ``count`` messages, acknowledge them all and stop."""
     taken = []
     stream = bus.subscribe(topic, group)
@@ -37,8 +38,8 @@ async def take(bus: MemoryBus, group: str, count: int, topic: Topic = Topic.KERN
     return taken
 
 
-async def test_a_group_sees_everything_in_order_from_the_beginning() -> None:
-    bus = MemoryBus()
+async def test_a_group_sees_everything_in_order_from_the_beginning(make_bus: MakeBus) -> None:
+    bus = make_bus()
     for number in range(3):
         bus.publish(Topic.KERNEL_READY, "test", ready(number))
     assert await take(bus, "early", 3) == [ready(n) for n in range(3)]
@@ -47,8 +48,8 @@ async def test_a_group_sees_everything_in_order_from_the_beginning() -> None:
     assert await take(bus, "early", 1) == [ready(3)]
 
 
-async def test_consumers_of_one_group_share_the_work() -> None:
-    bus = MemoryBus()
+async def test_consumers_of_one_group_share_the_work(make_bus: MakeBus) -> None:
+    bus = make_bus()
     taken: list[str] = []
 
     async def consume() -> None:
@@ -65,8 +66,8 @@ async def test_consumers_of_one_group_share_the_work() -> None:
     assert sorted(taken) == sorted(sent)
 
 
-async def test_a_message_sent_twice_is_delivered_once() -> None:
-    bus = MemoryBus()
+async def test_a_message_sent_twice_is_delivered_once(make_bus: MakeBus) -> None:
+    bus = make_bus()
     message = bus.publish(Topic.KERNEL_READY, "test", ready(1))
     bus.send(message)
     assert await take(bus, "group", 1) == [ready(1)]
@@ -75,8 +76,10 @@ async def test_a_message_sent_twice_is_delivered_once() -> None:
     assert await take(bus, "group", 1) == [ready(2)]
 
 
-async def test_what_a_consumer_left_unfinished_goes_to_the_next_then_to_the_dead_letters() -> None:
-    bus = MemoryBus(max_deliveries=2)
+async def test_what_a_consumer_left_unfinished_goes_to_the_next_then_to_the_dead_letters(
+    make_bus: MakeBus,
+) -> None:
+    bus = make_bus(max_deliveries=2)
     bus.publish(Topic.KERNEL_READY, "test", ready(1))
     bus.publish(Topic.KERNEL_READY, "test", ready(2))
     for _ in range(2):
@@ -84,13 +87,13 @@ async def test_what_a_consumer_left_unfinished_goes_to_the_next_then_to_the_dead
         assert (await anext(stream)).payload == ready(1)
         await stream.aclose()  # as when the consumer fails
     assert await take(bus, "group", 1) == [ready(2)]
-    assert [m.payload for m in bus.dead_letters(Topic.KERNEL_READY)] == [ready(1)]
+    assert [m.payload for m in await bus.dead_letters(Topic.KERNEL_READY)] == [ready(1)]
     assert bus.stats()[Topic.KERNEL_READY].dead_letters == 1
     await asyncio.wait_for(bus.drained(), 1)
 
 
-async def test_drained_waits_for_what_a_consumer_publishes_in_turn() -> None:
-    bus = MemoryBus()
+async def test_drained_waits_for_what_a_consumer_publishes_in_turn(make_bus: MakeBus) -> None:
+    bus = make_bus()
     done = []
 
     async def forward() -> None:
@@ -115,6 +118,18 @@ async def test_drained_waits_for_what_a_consumer_publishes_in_turn() -> None:
     await asyncio.gather(*tasks)
 
 
+async def test_waiting_for_the_bus_to_drain_ends_when_it_is_closed(make_bus: MakeBus) -> None:
+    bus = make_bus()
+    stream = bus.subscribe(Topic.KERNEL_READY, "group")
+    bus.publish(Topic.KERNEL_READY, "test", ready(1))
+    await anext(stream)
+    waiting = asyncio.create_task(bus.drained())
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(waiting), 0.1)
+    bus.close()
+    await asyncio.wait_for(waiting, 10)
+
+
 def test_telemetry_drops_the_oldest_and_counts_control_refuses() -> None:
     bus = MemoryBus(capacity=2)
     bus.subscribe(Topic.SEED_HEALTH, "g")
@@ -128,8 +143,8 @@ def test_telemetry_drops_the_oldest_and_counts_control_refuses() -> None:
         bus.publish(Topic.KERNEL_READY, "test", ready(3))
 
 
-async def test_publishing_from_other_threads_wakes_the_consumer() -> None:
-    bus = MemoryBus()
+async def test_publishing_from_other_threads_wakes_the_consumer(make_bus: MakeBus) -> None:
+    bus = make_bus()
     consumer = asyncio.create_task(take(bus, "group", 40))
     await asyncio.sleep(0)
     threads = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from redis_servers import MakeBus, RedisServer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -75,13 +76,16 @@ def fit(model: MorphableModel, pipeline: Pipeline, epochs: int) -> None:
     tolaria.fit(epochs)
 
 
-def test_a_seed_grows_from_a_design_to_a_verdict(model: MorphableModel, library: Urza) -> None:
+def test_a_seed_grows_from_a_design_to_a_verdict(
+    model: MorphableModel, library: Urza, make_bus: MakeBus
+) -> None:
     heard: list[OonaMessage] = []
     pipeline = Pipeline(
         model,
         library,
         designs=one_design,
         policy=PlateauPolicy(EAGER, QUICK),
+        bus=make_bus(),
         listener=heard.append,
         synchronous=True,
     )
@@ -235,3 +239,34 @@ def test_a_users_policy_decides(model: MorphableModel, library: Urza) -> None:
     with pipeline:
         fit(model, pipeline, 2)
     assert model.kasmina_layers["0"].state(0) is SeedState.TRAINING
+
+
+class GrowInThirdEpoch(GrowAtOnce):
+    def decide(self, view: ModelView) -> list[KasminaControlCommand]:
+        return super().decide(view) if len(view.epochs) >= 3 else []
+
+
+@pytest.mark.redis
+def test_training_goes_on_when_redis_dies_and_growing_when_it_is_back(
+    model: MorphableModel,
+    library: Urza,
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_server.url())
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    pipeline = Pipeline(model, library, designs=one_design, policy=GrowInThirdEpoch())
+    with pipeline:
+        fit(model, pipeline, 1)
+        pipeline.drain()  # the library is stocked
+        redis_server.kill()
+        fit(model, pipeline, 2)
+        assert model.kasmina.step_count == 12
+        assert model.kasmina_layers["0"].state(0) is SeedState.DORMANT
+        redis_server.start()
+        pipeline.drain()  # the epochs' ends arrive, and with them the decision
+        fit(model, pipeline, 1)
+        pipeline.drain()
+        fit(model, pipeline, 1)
+    assert model.kasmina.seeds_in(OCCUPIED) != []

@@ -59,5 +59,9 @@ class Oona(ABC):
     def stats(self) -> dict[Topic, TopicStats]: ...
 
     @abstractmethod
+    async def dead_letters(self, topic: Topic) -> list[OonaMessage]:
+        """Return the latest messages that were given up after the delivery limit."""
+
+    @abstractmethod
     def close(self) -> None:
         """End all subscriptions. Any thread; messages not yet acknowledged are kept in stats."""

@@ -1,7 +1,5 @@
 """The embedded transport: bounded streams in this process, with the semantics of the others."""
 
-import asyncio
-import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Collection
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 from esper.contracts import OonaMessage, Topic
 from esper.errors import BusError
 from esper.oona.bus import TELEMETRY, Oona, TopicStats
+from esper.oona.changes import Changes
 
 _REMEMBERED_EVENTS = 65536  # ids a group keeps in order to recognise a repetition
 
@@ -51,7 +50,7 @@ class MemoryBus(Oona):
         self._max_deliveries = max_deliveries
         self._streams = {topic: _Stream(deque(maxlen=capacity)) for topic in Topic}
         self._lock = threading.Lock()
-        self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._changes = Changes()
         self._closed = False
 
     def send(self, message: OonaMessage) -> None:
@@ -63,7 +62,7 @@ class MemoryBus(Oona):
             for group in stream.groups.values():
                 if group.is_new(message.event_id):
                     group.unread.append(message)
-        self._wake()
+        self._changes.announce()
 
     def subscribe(self, topic: Topic, group: str) -> AsyncGenerator[OonaMessage, None]:
         with self._lock:
@@ -75,7 +74,7 @@ class MemoryBus(Oona):
 
     async def _messages(self, topic: Topic, group: str) -> AsyncGenerator[OonaMessage, None]:
         while not self._closed:
-            with self._waiter() as changed:
+            with self._changes.watch() as changed:
                 message = self._deliver(topic, group)
                 if message is None:
                     await changed.wait()
@@ -89,7 +88,7 @@ class MemoryBus(Oona):
 
     async def drained(self, topics: Collection[Topic] = tuple(Topic)) -> None:
         while not self._closed:
-            with self._waiter() as changed:
+            with self._changes.watch() as changed:
                 stats = self.stats()
                 if not any(stats[topic].waiting for topic in topics):
                     return
@@ -107,14 +106,13 @@ class MemoryBus(Oona):
                 for topic, stream in self._streams.items()
             }
 
-    def dead_letters(self, topic: Topic) -> list[OonaMessage]:
-        """Return the latest messages that were given up after the delivery limit."""
+    async def dead_letters(self, topic: Topic) -> list[OonaMessage]:
         with self._lock:
             return list(self._streams[topic].dead_letters)
 
     def close(self) -> None:
         self._closed = True
-        self._wake()
+        self._changes.announce()
 
     def _check_room(self, topic: Topic, stream: _Stream) -> None:
         for name, group in stream.groups.items():
@@ -145,32 +143,9 @@ class MemoryBus(Oona):
     def _acknowledge(self, topic: Topic, name: str, message: OonaMessage) -> None:
         with self._lock:
             self._streams[topic].groups[name].deliveries.pop(message.event_id, None)
-        self._wake()
+        self._changes.announce()
 
     def _abandon(self, topic: Topic, name: str, message: OonaMessage) -> None:
         with self._lock:
             self._streams[topic].groups[name].abandoned.append(message)
-        self._wake()
-
-    def _waiter(self) -> "_Waiter":
-        return _Waiter(self._waiters)
-
-    def _wake(self) -> None:
-        for loop, event in list(self._waiters):
-            with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody waits there
-                loop.call_soon_threadsafe(event.set)
-
-
-class _Waiter:
-    """An event that the bus sets when anything changed while the ``with`` block runs."""
-
-    def __init__(self, waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]):
-        self._waiters = waiters
-        self._entry = (asyncio.get_running_loop(), asyncio.Event())
-
-    def __enter__(self) -> asyncio.Event:
-        self._waiters.add(self._entry)
-        return self._entry[1]
-
-    def __exit__(self, *_: object) -> None:
-        self._waiters.discard(self._entry)
+        self._changes.announce()
