@@ -29,6 +29,17 @@ class ThreadClock:
         return (time.thread_time_ns() - start) / repeats
 
 
+class WallClock:
+    """Time as it passes, which also holds what the thread waits for: the interpreter's lock."""
+
+    def time_ns(self, work: Work, repeats: int) -> float:
+        calls = itertools.repeat(None, repeats)
+        start = time.perf_counter_ns()
+        for _ in calls:
+            work()
+        return (time.perf_counter_ns() - start) / repeats
+
+
 class EventClock:
     """Time between two CUDA events on the current stream; the host waits only outside of it."""
 

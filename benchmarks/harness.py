@@ -89,12 +89,14 @@ class Trial:
     grad: bool = False
     length: float = 1.0
     on_host: bool = False  # time the host whatever the device
+    clock: Clock | None = None  # instead of the device's
 
 
 def measure(
     trial: Trial, plan: Plan, rng: np.random.Generator, clock: Clock | None = None
 ) -> Times:
     """Run the trial's works in rounds, until there are enough of them or its time is over."""
+    clock = clock or trial.clock
     if clock is None:
         clock = ThreadClock() if trial.on_host else clock_for(plan.device)
     samples: dict[str, list[float]] = {name: [] for name in trial.works}

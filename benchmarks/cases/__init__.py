@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.cases import active, bandwidth, bank, dormant, isolated, observed
+from benchmarks.cases import active, bandwidth, bank, dormant, isolated, observed, telemetry
 from benchmarks.harness import Plan, Trial
 from benchmarks.kernels import Kernels
 from benchmarks.rows import Finding
@@ -27,5 +27,6 @@ CASES = {
     "isolated": Case(isolated.trials),
     "active": Case(active.trials),
     "bank": Case(bank.trials, bank.counts),
+    "telemetry": Case(telemetry.trials, telemetry.counts),
     "bandwidth": Case(bandwidth.trials),  # the last one, as it changes how memory is allocated
 }
