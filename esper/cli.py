@@ -1,10 +1,11 @@
-"""The command line: ``esper demo``, ``esper audit``, ``esper forge``."""
+"""The command line: ``esper demo``, ``esper audit``, ``esper forge``, ``esper urza``."""
 
 import argparse
 
 import esper.demo as demo
 import esper.forge_service as forge
 import esper.urza.commands as audit
+import esper.urza.service as service
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,5 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     forge_parser = commands.add_parser("forge", help="compile and evaluate for a shared library")
     forge.add_arguments(forge_parser)
     forge_parser.set_defaults(run=forge.main)
+    urza_parser = commands.add_parser("urza", help="serve a library to other machines")
+    service.add_arguments(urza_parser)
+    urza_parser.set_defaults(run=service.main)
     options = parser.parse_args(argv)
     options.run(options)

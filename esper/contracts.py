@@ -257,6 +257,22 @@ class NativeBuild(Contract):
     gradient_error: float = Field(ge=0)  # largest, relative to the norm of the float64 reference
 
 
+class Lease(Contract):
+    """Which forge compiles a blueprint, and until when it may be silent."""
+
+    blueprint_id: Sha256
+    owner: str
+    expires_at: float  # seconds since the Unix epoch
+
+
+class ForgeQueue(Contract):
+    """What the forges and evaluators of a library have done, and have yet to do."""
+
+    blueprints: dict[BlueprintStatus, int]  # how many; what there is none of is left out
+    kernels: dict[KernelStatus, int]
+    leases: tuple[Lease, ...]
+
+
 class KernelManifest(Contract):
     """Names every byte of an artifact; ``artifact_id`` is its digest."""
 

@@ -54,7 +54,11 @@ class ArtifactMismatchError(ArtifactError):
 
 
 class LibraryError(EsperError):
-    """The library on disk is damaged, or was written by a newer version of Esper."""
+    """The library is damaged, unreachable, or was written by a newer version of Esper."""
+
+
+class ConflictError(LibraryError):
+    """What was asked for is not possible in the state that the library's entry is in."""
 
 
 class AuditError(LibraryError):
@@ -63,6 +67,18 @@ class AuditError(LibraryError):
 
 class LeaseError(LibraryError):
     """A blueprint or a kernel is leased to somebody else, or to nobody."""
+
+
+class TokenError(LibraryError):
+    """The library's server wants a token, and knows none such as was shown."""
+
+
+class RoleError(LibraryError):
+    """The library's server does not let the token's roles do this."""
+
+
+class TooLargeError(LibraryError):
+    """The library's server takes no request of that size."""
 
 
 class CheckpointError(EsperError):

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Self
 
 import esper.blueprints as blueprints
+import esper.oona as oona
+import esper.urza as urza
 from esper.config import EvaluatorSettings, ForgeSettings
 from esper.contracts import (
     Design,
@@ -32,14 +34,14 @@ from esper.kasmina.health import health_batch
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.observation import Observation
-from esper.oona import Oona, connect
+from esper.oona import Oona
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo
 from esper.tezzeret import Tezzeret
 from esper.tolaria import measure_epoch
 from esper.tolaria.evaluation import Batch, LossPerSample
 from esper.urabrask import Urabrask
-from esper.urza import Urza
+from esper.urza import Library
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,14 @@ class Pipeline:
     """Runs Urza's clients, Tezzeret, Urabrask and Tamiyo beside the training of ``model``.
 
     A context manager, and a callback for :class:`esper.Tolaria`: the loop's epoch events go to
-    the bus. ``library`` is an Urza or the folder of one. ``designs`` says what is compiled for a
+    the bus. ``library`` is a library, or what :func:`esper.urza.connect` takes: a folder, the URL of
+    a server, or None for what the environment says. ``designs`` says what is compiled for a
     site (by default every built-in design that fits), ``policy`` decides (by default a
     :class:`esper.tamiyo.PlateauPolicy`). ``listener`` is called with every message but telemetry,
     in the pipeline's thread. With ``synchronous`` the end of an epoch waits until every worker has
     nothing left to do, so that two runs take the same decisions at the same steps; otherwise
-    training never waits.
+    training never waits. Without ``local_workers`` blueprints are only submitted here, and forges
+    and evaluators elsewhere make kernels of them; it then needs the trusted key alone.
 
     In a distributed run (:func:`esper.distribute`) each rank makes one, alike. That of rank 0 does
     the work; the others only let kernels be loaded from the library and take part in measuring.
@@ -72,7 +76,7 @@ class Pipeline:
     def __init__(
         self,
         model: MorphableModel,
-        library: Urza | Path | str,
+        library: Library | Path | str | None = None,
         *,
         designs: DesignsFor = blueprints.designs_for,
         preferred_tags: frozenset[str] = NONLINEAR_DESIGNS,
@@ -82,13 +86,17 @@ class Pipeline:
         bus: Oona | None = None,
         listener: Callable[[OonaMessage], None] | None = None,
         synchronous: bool = False,
+        local_workers: bool = True,
         timeout_s: float = 300.0,
     ):
         if not isinstance(model, MorphableModel):
             raise TypeError(f"{type(model).__name__} is not wrapped; call esper.wrap first")
         self.model = model
-        self.urza = library if isinstance(library, Urza) else Urza(library)
-        self.bus = bus or connect()
+        self._owns_library = library is None or isinstance(library, Path | str)
+        self.urza: Library = (
+            urza.connect(library) if library is None or isinstance(library, Path | str) else library
+        )
+        self.bus = bus or oona.connect()
         device = model.kasmina.bank.device.type
         self.tezzeret = Tezzeret(self.urza, self.bus, forge or ForgeSettings(), device=device)
         self.urabrask = Urabrask(
@@ -99,8 +107,8 @@ class Pipeline:
         self._preferred_tags = preferred_tags
         self._listener = listener
         self._synchronous = synchronous
+        self._local_workers = local_workers
         self._timeout_s = timeout_s
-        self._owns_library = not isinstance(library, Urza)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="esper-pipeline", daemon=True)
         self._started = threading.Event()
@@ -265,8 +273,9 @@ class Pipeline:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.tezzeret.run())
-            tasks.create_task(self.urabrask.run())
+            if self._local_workers:
+                tasks.create_task(self.tezzeret.run())
+                tasks.create_task(self.urabrask.run())
             tasks.create_task(self.tamiyo.run())
             tasks.create_task(self._relay_commands())
             tasks.create_task(self._archive_lifecycle())

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 
 from esper.contracts import (
     KernelBundle,
@@ -55,6 +59,10 @@ class TrustedKey:
 
     def hex(self) -> str:
         return self.public_bytes.hex()
+
+    def pem(self) -> bytes:
+        key = Ed25519PublicKey.from_public_bytes(self.public_bytes)
+        return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     def verify(self, statement: KernelStatement, signature: str) -> None:
         """Raise ArtifactIntegrityError unless ``signature`` (hexadecimal) holds over it."""

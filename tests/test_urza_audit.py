@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from urza_backends import Place
+from urza_backends import LOCAL, Place
 from urza_samples import blueprint, graph
 
 from esper.cli import main
@@ -67,6 +67,7 @@ def test_a_lifecycle_event_is_kept_in_full(five: Urza) -> None:
     assert LifecycleEvent.model_validate(entry.details).step == 3
 
 
+@LOCAL
 @pytest.mark.parametrize("statement", ["UPDATE audit_log SET actor = 'x'", "DELETE FROM audit_log"])
 def test_the_database_refuses_to_change_the_log(five: Urza, statement: str) -> None:
     with (

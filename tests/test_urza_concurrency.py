@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -63,7 +64,7 @@ def test_eight_threads(urza: Urza) -> None:
 
 def open_and_write(place: Place, writer: int, barrier: Any) -> None:
     barrier.wait(170)
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         write(urza, f"process{writer}")
 
 
@@ -79,7 +80,7 @@ def test_eight_processes_that_also_create_the_library(place: Place) -> None:
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 8
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         check(urza, writers=8)
 
 

@@ -6,7 +6,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from urza_backends import Place
+from urza_backends import LOCAL, Place
 from urza_samples import UNKNOWN, audited, blueprint, submit
 
 from esper.contracts import BlueprintRecord, BlueprintStatus
@@ -31,6 +31,7 @@ def test_nothing_waits_in_an_empty_library(urza: Urza) -> None:
     assert audited(urza) == []
 
 
+@LOCAL
 def test_a_claim_leases_the_blueprint(urza: Urza) -> None:
     blueprint_id = submit(urza)
     with urza._database.read() as connection:

@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from urza_backends import Place, free_port, sqlite_place
+from urza_backends import LOCAL, Place, free_port, sqlite_place
 from urza_samples import (
     UNKNOWN,
     audited,
@@ -35,11 +36,11 @@ PENDING, VALIDATED, REJECTED = KernelStatus
 
 
 def test_a_library_is_found_again(place: Place) -> None:
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         artifact_id = publish(urza)
         judge(urza, artifact_id)
         head, key = urza.audit.head(), urza.trusted_key
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         assert urza.trusted_key == key
         assert urza.audit.head() == head
         verify_bundle(urza.fetch_kernel(artifact_id), key)
@@ -60,11 +61,12 @@ def test_a_file_is_no_library(tmp_path: Path) -> None:
 def test_the_key_may_lie_elsewhere(tmp_path: Path) -> None:
     root = tmp_path / "library"
     with Urza(root, key_path=tmp_path / "secrets" / "key.pem") as urza:
-        assert urza.trusted_key == urza.evaluator_key.trusted()
+        assert urza.evaluator_key.trusted() == urza.trusted_key
     assert (tmp_path / "secrets" / "key.pem").exists()
     assert not (root / "keys").exists()
 
 
+@LOCAL
 def test_the_environment_says_where_the_parts_lie(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,20 +75,24 @@ def test_the_environment_says_where_the_parts_lie(
     monkeypatch.setenv("URZA_KEY", str(place.key_path))
     with Urza() as urza:
         artifact_id = publish(urza)
-    with Urza(tmp_path / "unused") as urza:  # a folder is for what lies nowhere else
+    assert not place.key_path.exists()  # who signs nothing makes no key
+    with Urza() as urza:
         assert urza.fetch_kernel(artifact_id).files == kernel_files()
-    assert list((tmp_path / "unused").iterdir()) == []
+    with Urza(tmp_path / "folder") as urza:  # a folder goes before the environment
+        assert urza.kernels() == []
     other = tmp_path / "other"
-    with Urza(other, url=f"sqlite:///{other}/db", blobs=str(other), key_path=other / "k") as urza:
-        assert urza.kernels() == []  # and an argument goes before both
+    with Urza(url=f"sqlite:///{other}/db", blobs=str(other)) as urza:  # and so does an argument
+        assert urza.kernels() == []
+    with Urza(tmp_path / "folder", url=place.url, blobs=place.blobs) as urza:
+        assert urza.fetch_kernel(artifact_id).files == kernel_files()
 
 
-@pytest.mark.parametrize("missing", ["URZA_URL", "URZA_BLOBS", "URZA_KEY"])
+@pytest.mark.parametrize("missing", ["URZA_URL", "URZA_BLOBS"])
 def test_a_library_without_a_place_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     place = sqlite_place(tmp_path)
-    parts = {"URZA_URL": place.url, "URZA_BLOBS": place.blobs, "URZA_KEY": str(place.key_path)}
+    parts = {"URZA_URL": place.url, "URZA_BLOBS": place.blobs}
     for name in parts.keys() - {missing}:
         monkeypatch.setenv(name, parts[name])
     with pytest.raises(ValueError, match=f"^a library without a folder needs {missing}$"):
@@ -416,6 +422,7 @@ def test_a_blueprint_that_evolved_from_nothing_known_is_refused(urza: Urza) -> N
     assert urza.blueprints() == []
 
 
+@LOCAL
 def test_nothing_that_a_lineage_names_can_be_deleted(urza: Urza) -> None:
     artifact_id = publish(urza)
     judge(urza, artifact_id)

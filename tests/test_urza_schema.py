@@ -15,7 +15,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
-from urza_backends import Place
+from urza_backends import LOCAL, Place
 from urza_first_library import make_first_library
 from urza_samples import SITE, blueprint, manifest, submit
 
@@ -89,6 +89,7 @@ def test_a_migrated_library_has_the_schema_of_a_new_one(first: Path, tmp_path: P
         assert description(migrated) == description(new)
 
 
+@LOCAL
 def test_a_new_library_has_the_schema_that_the_code_says(urza: Urza) -> None:
     with urza._database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
@@ -107,8 +108,9 @@ def test_the_first_esper_refuses_a_newer_library(first: Path) -> None:
         assert connection.execute("SELECT version FROM schema_version").fetchall() == [(2,)]
 
 
+@LOCAL
 def test_a_newer_schema_is_refused_and_left_alone(place: Place) -> None:
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         submit(urza)
     place.execute("UPDATE alembic_version SET version_num = '0004'")
     with pytest.raises(
@@ -117,7 +119,7 @@ def test_a_newer_schema_is_refused_and_left_alone(place: Place) -> None:
     ):
         place.open()
     place.execute("UPDATE alembic_version SET version_num = :revision", revision=REVISION)
-    with place.open() as urza:
+    with closing(place.open()) as urza:
         urza.verify()
 
 

@@ -127,7 +127,7 @@ def test_an_altered_row_is_not_handed_out(full: Urza, place: Place) -> None:
 
 def test_an_unreadable_blueprint_status_is_not_handed_out(full: Urza, place: Place) -> None:
     place.execute("UPDATE blueprints SET status = 'FORGED'")
-    with pytest.raises(ArtifactIntegrityError, match=r"its row cannot be read: 'FORGED' is not a"):
+    with pytest.raises(ArtifactIntegrityError, match=r"(?s)its row cannot be read: .*FORGED"):
         full.blueprint_status(blueprint().blueprint_id)
 
 
@@ -183,7 +183,7 @@ def test_swapped_blobs_are_noticed(full: Urza, place: Place) -> None:
     place.write_blob(first, kernel_files()["params.safetensors"])
     place.write_blob(second, graph("low_rank"))
     with pytest.raises(
-        ArtifactIntegrityError, match=f"was altered: its bytes have digest {second}"
+        ArtifactIntegrityError, match=f"was altered: its bytes have digest ({first}|{second})"
     ):
         full.fetch_kernel(manifest().artifact_id)
 

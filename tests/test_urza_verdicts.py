@@ -99,6 +99,7 @@ def test_a_replaced_validation_does_not_come_back(urza: Urza) -> None:
 
 
 def test_a_verdict_signed_by_a_foreign_key_is_refused(urza: Urza, tmp_path: Path) -> None:
+    judge(urza, publish(urza, "gated"))  # from here on the library has a key of its own
     artifact_id = publish(urza)
     foreign = EvaluatorKey.load_or_create(tmp_path / "foreign.pem")
     with pytest.raises(ArtifactIntegrityError, match=r"does not hold for the trusted key"):

@@ -1,7 +1,7 @@
-"""Where a library can lie, as fixtures: SQLite and a folder, PostgreSQL and S3.
+"""Where a library can lie, as fixtures: SQLite and a folder, PostgreSQL and S3, behind a server.
 
 ``urza`` is an empty library and ``place`` says where it is; tests that take either run once for
-each. Both servers are real ones, on free ports of the loopback; they start when the first test
+each, but for those marked ``LOCAL``. All servers are real ones, on free ports of the loopback; they start when the first test
 asks for them and stop with the session. What cannot be had is skipped with the reason.
 """
 
@@ -24,8 +24,12 @@ import fsspec
 import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
+from urza_servers import Houses, served
 
-from esper.urza import Urza
+from esper.urza import Library, Urza
+from esper.urza.access import Tokens
+from esper.urza.client import UrzaClient
+from esper.urza.server import create_app
 
 START_TIMEOUT_S = 60
 BUCKET = "esper"
@@ -45,7 +49,7 @@ class Place:
     blobs: str
     key_path: Path
 
-    def open(self) -> Urza:
+    def open(self) -> Library:
         return Urza(url=self.url, blobs=self.blobs, key_path=self.key_path)
 
     @contextmanager
@@ -79,6 +83,16 @@ class Place:
         return fsspec.url_to_fs(f"{self.blobs}/{digest[:2]}/{digest}", use_listings_cache=False)
 
 
+@dataclass(frozen=True)
+class RemotePlace(Place):
+    """The same behind a server, which has the key's file but not its private half's use."""
+
+    api_url: str
+
+    def open(self) -> Library:
+        return UrzaClient(self.api_url, key_path=self.key_path)
+
+
 def sqlite_place(root: Path) -> Place:
     """The place that ``Urza(root)`` opens."""
     return Place(
@@ -90,28 +104,57 @@ def sqlite_place(root: Path) -> Place:
 
 @pytest.fixture(autouse=True)
 def _no_library_of_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("URZA_URL", "URZA_BLOBS", "URZA_KEY"):
+    for name in (
+        "URZA_URL",
+        "URZA_BLOBS",
+        "URZA_KEY",
+        "URZA_TRUSTED_KEY",
+        "URZA_API_URL",
+        "URZA_API_TOKEN",
+        "URZA_TOKENS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(params=["sqlite+folder", "postgres+s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+# For what only who has the database in hand can do or see.
+LOCAL = pytest.mark.parametrize("place", ["sqlite+folder", "postgres+s3"], indirect=True)
+
+
+@pytest.fixture(params=["sqlite+folder", "postgres+s3", "http"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Where a library may be made; there is none yet."""
     if request.param == "sqlite+folder":
-        return sqlite_place(tmp_path / "library")
-    server = request.getfixturevalue("postgres_server")
-    blobs = request.getfixturevalue("s3_bucket")
-    name = f"urza_{uuid.uuid4().hex}"
-    return Place(
-        url=make_schema(server, name),
-        blobs=f"{blobs}/{name}",
-        key_path=tmp_path / "evaluator.pem",
-    )
+        yield sqlite_place(tmp_path / "library")
+    elif request.param == "postgres+s3":
+        server = request.getfixturevalue("postgres_server")
+        blobs = request.getfixturevalue("s3_bucket")
+        name = f"urza_{uuid.uuid4().hex}"
+        yield Place(
+            url=make_schema(server, name),
+            blobs=f"{blobs}/{name}",
+            key_path=tmp_path / "evaluator.pem",
+        )
+    else:
+        houses, url = request.getfixturevalue("server_of_many")
+        behind = sqlite_place(tmp_path / "library")
+        with Urza(url=behind.url, blobs=behind.blobs, key_path=behind.key_path) as library:
+            name = uuid.uuid4().hex
+            houses.apps[name] = create_app(library, Tokens([]))
+            yield RemotePlace(behind.url, behind.blobs, behind.key_path, f"{url}/{name}")
+            del houses.apps[name]
+
+
+@pytest.fixture(scope="session")
+def server_of_many() -> Iterator[tuple[Houses, str]]:
+    """A server that is started once, for libraries that come and go, each below a path."""
+    houses = Houses()
+    with served(houses) as url:
+        yield houses, url
 
 
 @pytest.fixture
-def urza(place: Place) -> Iterator[Urza]:
-    with place.open() as library:
+def urza(place: Place) -> Iterator[Library]:
+    with closing(place.open()) as library:
         yield library
 
 

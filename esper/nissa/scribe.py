@@ -17,7 +17,7 @@ from esper.kasmina.model import MorphableModel
 from esper.nissa.formats import seed_label, site_label
 from esper.nissa.progress import RunProgress
 from esper.nissa.record import RunRecorder
-from esper.urza import Urza
+from esper.urza import Library
 
 
 class Scribe:
@@ -26,7 +26,7 @@ class Scribe:
     def __init__(
         self,
         model: MorphableModel,
-        urza: Urza,
+        urza: Library,
         recorder: RunRecorder,
         progress: RunProgress,
         contributions: dict[SeedId, float],

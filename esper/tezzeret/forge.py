@@ -40,7 +40,7 @@ from esper.oona import Oona
 from esper.oona.attendance import Chore, attend
 from esper.tezzeret.pipelines import check_available, torch_release
 from esper.tezzeret.priority import Recompilation, has_budget, is_idle, recompilations
-from esper.urza import Urza
+from esper.urza import Library
 from esper.urza.tenure import unique_owner, while_leased
 from esper.worker import WorkerProcess
 
@@ -64,7 +64,7 @@ class Tezzeret:
 
     def __init__(
         self,
-        urza: Urza,
+        urza: Library,
         bus: Oona | None = None,
         settings: ForgeSettings | None = None,
         *,

@@ -27,7 +27,7 @@ from esper.oona import Oona
 from esper.oona.attendance import attend
 from esper.tezzeret.pipelines import torch_release
 from esper.urabrask.turn import device_to_itself
-from esper.urza import Urza
+from esper.urza import Library
 from esper.urza.tenure import unique_owner, while_leased
 from esper.worker import WorkerProcess
 
@@ -46,7 +46,7 @@ class Urabrask:
 
     def __init__(
         self,
-        urza: Urza,
+        urza: Library,
         bus: Oona | None = None,
         settings: EvaluatorSettings | None = None,
         *,

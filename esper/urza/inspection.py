@@ -10,6 +10,7 @@ from esper.contracts import BlueprintStatus, KernelStatement, UrabraskValidation
 from esper.errors import ArtifactIntegrityError, LibraryError
 from esper.trust import TrustedKey
 from esper.urza.blobs import BlobStore
+from esper.urza.keys import Keys
 from esper.urza.rows import (
     blueprint_from,
     blueprint_values,
@@ -38,7 +39,7 @@ _SUBMITTED = {
 }
 
 
-def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedKey) -> None:
+def inspect_contents(connection: Connection, blobs: BlobStore, keys: Keys) -> None:
     """Raise an EsperError naming the first row that is not backed by what it stands for.
 
     The audit log's own chain is for ``AuditLog.verify``; here only its links to the rows count.
@@ -52,7 +53,7 @@ def inspect_contents(connection: Connection, blobs: BlobStore, trusted: TrustedK
     for row in connection.execute(select(kernels)):
         _inspect_kernel(row, tag_sets[row.tag_set], blobs)
     for row in connection.execute(select(reports)):
-        _inspect_report(row, blobs, trusted)
+        _inspect_report(row, blobs, keys.trusted_key)
     for row in connection.execute(select(field_reports)):
         _compare(row, field_report_values(field_report_from(row)))
     _inspect_links(connection, "blueprint.submitted", blueprints.c.blueprint_id)

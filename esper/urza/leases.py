@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, or_, select
 
-from esper.contracts import BlueprintStatus
+from esper.contracts import BlueprintStatus, Lease
 from esper.errors import LeaseError
 from esper.urza.schema import blueprints
 
@@ -65,3 +65,16 @@ def check_owner(row: Row[Any], owner: str | None, now_s: float) -> None:
             f"blueprint {row.blueprint_id} is leased to {row.lease_owner or 'nobody'}, not to "
             f"{owner or 'nobody'}"
         )
+
+
+def leases_of(connection: Connection) -> tuple[Lease, ...]:
+    """Return who compiles what, oldest blueprint first."""
+    chosen = select(blueprints).where(blueprints.c.lease_owner.is_not(None))
+    return tuple(
+        Lease(
+            blueprint_id=row.blueprint_id,
+            owner=row.lease_owner,
+            expires_at=row.lease_expires_at,
+        )
+        for row in connection.execute(chosen.order_by(blueprints.c.position))
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, insert, select, true, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, func, insert, select, true, update
 
 import esper.urza.compilations as compilations
 import esper.urza.kernel_leases as kernel_leases
@@ -22,6 +22,7 @@ from esper.contracts import (
     BlueprintStatus,
     Compilation,
     FieldReport,
+    ForgeQueue,
     ForgeStatus,
     KernelBundle,
     KernelManifest,
@@ -35,14 +36,22 @@ from esper.contracts import (
     UrabraskValidationReport,
     canonical_json,
 )
-from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError, LibraryError
-from esper.trust import verify_files
+from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError, ConflictError
+from esper.trust import TrustedKey, verify_files
 from esper.urza.audit import AuditLog
 from esper.urza.blobs import checked_digest, open_blobs
 from esper.urza.database import Database, sqlite_url
 from esper.urza.folders import made_folder
 from esper.urza.inspection import inspect_contents
-from esper.urza.leases import UNLEASED, check_owner, check_terms, lease_values, next_claimable
+from esper.urza.keys import Keys
+from esper.urza.leases import (
+    UNLEASED,
+    check_owner,
+    check_terms,
+    lease_values,
+    leases_of,
+    next_claimable,
+)
 from esper.urza.lineage import lineage_graph
 from esper.urza.query import check_fit, find
 from esper.urza.rows import (
@@ -84,8 +93,8 @@ class Urza:
     blobs that cannot be used LibraryError. What is read is checked against its digest, and altered
     content raises ArtifactIntegrityError. Nothing is ever deleted: the lineage names it.
 
-    Where its parts lie is said by an argument, else by an environment variable, else they are in
-    the folder ``root``. ValueError if nothing says it.
+    An argument says where a part lies; else it is in the folder ``root``; without a folder an
+    environment variable says it. ValueError if nothing does.
 
     Args:
         root: the library's folder. It is made if it is not there; any number of processes may
@@ -93,9 +102,11 @@ class Urza:
         url: the database (``URZA_URL``), SQLite by default: ``sqlite:////folder/library.sqlite``,
             ``postgresql://user@host/name``.
         blobs: folder or URL of the blobs (``URZA_BLOBS``): ``s3://bucket/prefix``.
-        key_path: PEM file of the evaluator's private key (``URZA_KEY``), made if it is not there.
-            Outside of the library, those who may write to the library need not be able to sign
-            verdicts.
+        key_path: PEM file of the evaluator's private key, see :class:`esper.urza.keys.Keys`; by
+            default ``keys/evaluator.pem`` in the folder. Outside of the library, those who may
+            write to the library need not be able to sign verdicts.
+        trusted_key: the evaluator's public key or the path of its PEM file, for all who sign
+            nothing themselves.
     """
 
     def __init__(
@@ -105,18 +116,27 @@ class Urza:
         url: str | None = None,
         blobs: str | None = None,
         key_path: Path | None = None,
+        trusted_key: TrustedKey | Path | None = None,
     ) -> None:
         folder = None if root is None else made_folder(Path(root).absolute())
-        url = url or os.environ.get("URZA_URL")
-        blobs = blobs or os.environ.get("URZA_BLOBS")
-        key = key_path or os.environ.get("URZA_KEY")
-        self._database = Database(url or sqlite_url(_below(folder, "library.sqlite", "URZA_URL")))
-        self._blobs = open_blobs(blobs or str(_below(folder, "blobs", "URZA_BLOBS")))
-        self.audit = AuditLog(self._database)
-        self.evaluator_key = EvaluatorKey.load_or_create(
-            Path(key or _below(folder, "keys/evaluator.pem", "URZA_KEY"))
+        self._database = Database(
+            url or (sqlite_url(folder / "library.sqlite") if folder else _environment("URZA_URL"))
         )
-        self.trusted_key = self.evaluator_key.trusted()
+        self._blobs = open_blobs(
+            blobs or (str(folder / "blobs") if folder else _environment("URZA_BLOBS"))
+        )
+        self.audit = AuditLog(self._database)
+        self._keys = Keys(key_path, trusted_key, folder and folder / "keys/evaluator.pem")
+
+    @property
+    def evaluator_key(self) -> EvaluatorKey:
+        """The key that verdicts are signed with, made when it is first asked for."""
+        return self._keys.evaluator_key
+
+    @property
+    def trusted_key(self) -> TrustedKey:
+        """The public key that verdicts must be signed for; LibraryError while there is none."""
+        return self._keys.trusted_key
 
     def close(self) -> None:
         self._database.close()
@@ -213,7 +233,7 @@ class Urza:
             source = blueprint_status_from(row)
             check_owner(row, owner, self._database.now_s(connection))
             if (source, status) not in _LEGAL_STATUS_CHANGES:
-                raise LibraryError(
+                raise ConflictError(
                     f"blueprint {blueprint_id} is {source}; it cannot become {status}"
                 )
             self._change_status(connection, row, status, log)
@@ -404,6 +424,13 @@ class Urza:
         files = {name: self._blobs.get(digest) for name, digest in record.manifest.files.items()}
         return KernelBundle(record=record, files=files)
 
+    def kernel_file(self, artifact_id: str, name: str) -> bytes:
+        """Return one of the files that the kernel's manifest names."""
+        digest = self.kernel(artifact_id).manifest.files.get(name)
+        if digest is None:
+            raise ArtifactNotFoundError(f"kernel {artifact_id} has no file {name!r}")
+        return self._blobs.get(digest)
+
     def query(self, query: KernelQuery) -> list[KernelRecord]:
         """Return VALIDATED kernels that fit, best first.
 
@@ -507,11 +534,20 @@ class Urza:
                 ],
             )
 
+    def status(self) -> ForgeQueue:
+        """Count what waits, what is being worked on and what is done."""
+        with self._database.read() as connection:
+            return ForgeQueue(
+                blueprints=_counts(connection, blueprints.c.status),
+                kernels=_counts(connection, kernels.c.status),
+                leases=leases_of(connection),
+            )
+
     def verify(self) -> None:
         """Check every stored byte, row and link; raise an EsperError naming the first fault."""
         self.audit.verify()
         with self._database.read() as connection:
-            inspect_contents(connection, self._blobs, self.trusted_key)
+            inspect_contents(connection, self._blobs, self._keys)
 
     def _blueprint_row(self, blueprint_id: str) -> Row[Any]:
         with self._database.read() as connection:
@@ -581,10 +617,11 @@ class Urza:
         )
 
 
-def _below(folder: Path | None, name: str, variable: str) -> Path:
-    if folder is None:
+def _environment(variable: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
         raise ValueError(f"a library without a folder needs {variable}")
-    return folder / name
+    return value
 
 
 def _add_evolutions(connection: Connection, blueprint_id: str, causes: list[str]) -> None:
@@ -609,6 +646,11 @@ def _tag_set(connection: Connection, tags: Collection[str]) -> int:
     for tag in distinct:
         connection.execute(insert(tag_set_members).values(tag=tag, tag_set=position))
     return position
+
+
+def _counts(connection: Connection, status: Column[str]) -> dict[str, int]:
+    counted = select(status, func.count()).group_by(status)
+    return {str(name): count for name, count in connection.execute(counted)}
 
 
 def _exists(connection: Connection, column: Column[Any], key: str) -> bool:
@@ -659,7 +701,7 @@ def _refuse_replay(connection: Connection, statement: KernelStatement) -> None:
         reports.c.report_digest == statement.report_digest,
     )
     if statement.status is KernelStatus.VALIDATED and connection.execute(past).first():
-        raise LibraryError(
+        raise ConflictError(
             f"kernel {statement.artifact_id}: report {statement.report_digest} was replaced by a "
             "newer one and cannot validate it again"
         )

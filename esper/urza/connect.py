@@ -1,0 +1,30 @@
+"""Opens a library, wherever it lies."""
+
+import os
+from pathlib import Path
+
+from esper.errors import LibraryError
+from esper.urza.library import Urza
+from esper.urza.protocol import Library
+
+
+def connect(place: Path | str | None = None) -> Library:
+    """Open the library in a folder, or behind the server at an ``http://`` or ``https://`` URL.
+
+    Without ``place`` it is behind ``URZA_API_URL``, and without that where ``URZA_URL`` and
+    ``URZA_BLOBS`` say. ValueError if nothing says it, LibraryError if it cannot be used.
+    """
+    url = os.environ.get("URZA_API_URL") if place is None else str(place)
+    if url is not None and (place is None or url.startswith(("http://", "https://"))):
+        return _client(url)
+    return Urza(place)
+
+
+def _client(url: str) -> Library:
+    try:
+        from esper.urza.client import UrzaClient
+    except ModuleNotFoundError as error:
+        raise LibraryError(
+            f"a library behind a server needs {error.name}: pip install 'esper-torch[client]'"
+        ) from error
+    return UrzaClient(url)

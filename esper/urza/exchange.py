@@ -1,0 +1,95 @@
+"""Requests to a server of Urza's, asked until they are answered: the client's asynchronous core."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping
+
+import httpx
+
+from esper.errors import LibraryError
+from esper.urza.failures import failure_in, heard
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_GATEWAY_STATUSES = frozenset({502, 503, 504})
+# The server has not seen a request that ended so.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+class _GatewayError(httpx.TransportError):
+    """A proxy answered in the server's stead, which may have seen the request or not."""
+
+
+class Exchange:
+    """One server. All methods belong to one event loop.
+
+    Args:
+        url: of the server, ``http://host:port``, with a path if a proxy puts it below one.
+        token: what to show it.
+        timeout_s: for which one answer is waited for.
+        patience_s: for which a server that is away is asked again.
+    """
+
+    def __init__(self, url: str, token: str | None, *, timeout_s: float, patience_s: float) -> None:
+        self._url = url.rstrip("/")
+        self._patience_s = patience_s
+        self._http = httpx.AsyncClient(
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            timeout=timeout_s,
+        )
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        repeatable: bool = True,
+    ) -> bytes:
+        """Return the body of the answer, or raise the exception that it tells of.
+
+        Without an answer a ``repeatable`` request is sent again, with growing pauses; another one
+        only if it cannot have reached the server. LibraryError when the patience is over.
+        """
+        deadline_s = time.monotonic() + self._patience_s
+        pauses_s = _pauses_s()
+        while True:
+            try:
+                return await self._ask_once(method, path, params, body)
+            except httpx.RequestError as error:
+                pause_s = next(pauses_s)
+                may_repeat = repeatable or isinstance(error, _NEVER_SENT)
+                if not may_repeat or time.monotonic() + pause_s > deadline_s:
+                    reason = str(error) or type(error).__name__
+                    raise LibraryError(f"{method} {self._url}{path}: {reason}") from error
+                logger.debug("%s %s is asked again: %r", method, path, error)
+            await asyncio.sleep(pause_s)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _ask_once(
+        self, method: str, path: str, params: Mapping[str, str] | None, body: bytes | None
+    ) -> bytes:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        response = await self._http.request(
+            method, f"{self._url}{path}", params=params, content=body, headers=headers
+        )
+        if response.is_success:
+            return response.content
+        if response.status_code in _GATEWAY_STATUSES and failure_in(response.content) is None:
+            raise _GatewayError(f"answered by {response.status_code} {response.reason_phrase}")
+        what = f"{method} {self._url}{path}"
+        raise heard(response.status_code, response.content, what)
+
+
+def _pauses_s() -> Iterator[float]:
+    """Yield growing pauses, each of a random length: clients of a server that was away spread."""
+    longest_s = _FIRST_PAUSE_S
+    while True:
+        yield random.uniform(longest_s / 2, longest_s)
+        longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,97 @@
+"""The door of Urza's server: who comes in, and the one way in which anything is refused."""
+
+import logging
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from esper.errors import LibraryError, RoleError, TokenError, TooLargeError
+from esper.urza.access import Role, Tokens
+from esper.urza.failures import ERROR_OF, Failure, told
+
+logger = logging.getLogger(__name__)
+
+_OPEN_PATHS = frozenset({"/docs", "/openapi.json"})  # what the API is, not what the library holds
+
+
+class Gate:
+    """Settles whose request it is before its body is read: middleware, ASGI.
+
+    The roles go to the routes as ``request.state.roles``. Without tokens everybody on this machine
+    is an operator; a web page that had its own name point here still calls us by that name, and
+    is refused.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self._app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            try:
+                scope.setdefault("state", {})["roles"] = self._roles(Headers(scope=scope))
+            except (TokenError, RoleError) as error:
+                await refuse(Request(scope), error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _roles(self, headers: Headers) -> frozenset[Role]:
+        if self._tokens:
+            return self._tokens.roles(headers.get("authorization"))
+        host = headers.get("host", "")
+        if not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise RoleError(f"without tokens this library is for its own machine, not for {host!r}")
+        return frozenset({Role.OPERATOR})
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or an address means this machine, without looking a name up."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def refuse(request: Request, error: Exception) -> Response:
+    """Answer with what went wrong, and log it: the only place where either is done."""
+    status, failure = told(error)
+    return _answer(request, status, failure)
+
+
+def refuse_invalid(request: Request, error: Exception) -> Response:
+    """The request is not what its route takes."""
+    assert isinstance(error, RequestValidationError)
+    faults = "; ".join(
+        f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+        for fault in error.errors()
+    )
+    return refuse(request, ValueError(faults))
+
+
+def refuse_unroutable(request: Request, error: Exception) -> Response:
+    """There is no such route, or the framework has another reason for which it does not take it."""
+    assert isinstance(error, HTTPException)
+    kind = TooLargeError if error.status_code == 413 else LibraryError
+    failure = Failure(error=kind.__name__, message=str(error.detail))
+    return _answer(request, error.status_code, failure, dict(error.headers or {}))
+
+
+def _answer(
+    request: Request, status: int, failure: Failure, headers: dict[str, str] | None = None
+) -> Response:
+    logger.warning(
+        "%s %r refused, %d %s: %s",
+        request.method,
+        request.url.path,
+        status,
+        failure.error,
+        " ".join(failure.message.split()),  # one refusal, one line
+    )
+    if ERROR_OF.get(status) is TokenError:
+        headers = {"WWW-Authenticate": "Bearer"}
+    return Response(failure.canonical(), status, headers, media_type="application/json")

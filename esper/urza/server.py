@@ -1,0 +1,82 @@
+"""Urza over HTTP: one library, for trainers, forges and evaluators on other machines."""
+
+import socket
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from esper.errors import LibraryError
+from esper.urza.access import Tokens
+from esper.urza.failures import STATUS_OF, Failure
+from esper.urza.gate import Gate, is_loopback, refuse, refuse_invalid, refuse_unroutable
+from esper.urza.library import Urza
+from esper.urza.metrics import Measured, Metrics
+from esper.urza.routes import all_routes
+
+MAX_BODY_BYTES = 64 * 2**20
+_DRAINING_TIME_S = 10  # that requests under way have at the end
+
+
+def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """Return the ASGI application. Without tokens everyone who can reach it may do everything."""
+    app = FastAPI(
+        title="Urza",
+        summary="Esper's library of blueprints, kernels and what became of them",
+        version="1",
+        redoc_url=None,
+        responses={status: {"model": Failure} for status in STATUS_OF.values()},
+        max_body_size=max_body_bytes,
+    )
+    metrics = Metrics(library.status)
+    app.include_router(all_routes(library))
+
+    @app.get("/metrics", include_in_schema=False)
+    def get_metrics() -> Response:
+        return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    for kind in STATUS_OF:
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_invalid)
+    app.add_exception_handler(HTTPException, refuse_unroutable)
+    app.add_middleware(Gate, tokens=tokens)
+    app.add_middleware(Measured, metrics=metrics)
+    return app
+
+
+def make_server(
+    app: FastAPI, *, certificate: Path | None = None, certificate_key: Path | None = None
+) -> uvicorn.Server:
+    """Return what answers until SIGINT or SIGTERM, and then ends what is under way."""
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        access_log=False,  # what is refused, the gate has logged
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=_DRAINING_TIME_S,
+        ssl_certfile=certificate,
+        ssl_keyfile=certificate_key,
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int, tokens: Tokens) -> socket.socket:
+    """Return a socket that listens; LibraryError off loopback without tokens, or if it cannot be.
+
+    Port 0 is any free one.
+    """
+    if not (tokens or is_loopback(host)):
+        raise LibraryError(
+            f"{host} can be reached from other machines: serving there takes tokens, see "
+            "`esper urza token`"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise LibraryError(f"cannot listen on {host}:{port}: {error.strerror}") from error
