@@ -19,6 +19,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SeedId = tuple[str, int]  # (layer FQN, seed index within the layer)
 HyperParameter = bool | int | float | str
 
+_LARGEST_EXACT = 2**53 - 1  # of the integers up to it, a JSON number has each
+
 
 class SeedState(IntEnum):
     """Lifecycle state of a seed; the numbers are shared with ``csrc/seed_layout.h``.
@@ -116,18 +118,21 @@ def canonical_json(value: Any) -> bytes:
     """Serialise ``value`` as RFC 8785 canonical JSON, the form that is hashed and signed.
 
     JSON has no NaN and no infinities, yet a diverged loss must be told: they travel as strings,
-    which pydantic reads back as numbers.
+    which pydantic reads back as numbers. And it writes 1e20 with all its digits, which Python reads
+    back as an integer: that is the same number, and has the same form.
     """
-    return rfc8785.dumps(_without_non_finite(value))
+    return rfc8785.dumps(_in_json(value))
 
 
-def _without_non_finite(value: Any) -> Any:
+def _in_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, int) and _LARGEST_EXACT < abs(value) < 10**21:
+        return float(value) if rfc8785.dumps(float(value)) == str(value).encode() else value
     if isinstance(value, dict):
-        return {key: _without_non_finite(item) for key, item in value.items()}
+        return {key: _in_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item) for item in value]
+        return [_in_json(item) for item in value]
     return value
 
 

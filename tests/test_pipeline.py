@@ -1,5 +1,6 @@
 """The whole way: layer, snapshot, bus, forge, evaluator, controller, command, layer."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from redis_servers import MakeBus, RedisServer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from urza_servers import served
 
 import esper
 from esper import blueprints
 from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
+    BlueprintStatus,
     CommandKind,
     Design,
     GraftingStrategy,
@@ -30,6 +33,9 @@ from esper.kasmina.model import MorphableModel
 from esper.pipeline import Pipeline
 from esper.tamiyo import ModelView, PlateauPolicy
 from esper.urza import Urza
+from esper.urza.access import Tokens
+from esper.urza.client import UrzaClient
+from esper.urza.server import create_app
 
 QUICK = GraftingStrategy(
     training_steps=4, grafting_steps=4, stabilization_steps=2, fine_tuning_steps=2
@@ -270,3 +276,57 @@ def test_training_goes_on_when_redis_dies_and_growing_when_it_is_back(
         pipeline.drain()
         fit(model, pipeline, 1)
     assert model.kasmina.seeds_in(OCCUPIED) != []
+
+
+def test_the_library_may_be_behind_a_server(
+    model: MorphableModel, library: Urza, tmp_path: Path
+) -> None:
+    key_path = tmp_path / "library/keys/evaluator.pem"
+    with (
+        served(create_app(library, Tokens([]))) as url,
+        UrzaClient(url, key_path=key_path) as client,
+        Pipeline(
+            model,
+            client,
+            designs=one_design,
+            policy=PlateauPolicy(EAGER, QUICK),
+            synchronous=True,
+        ) as pipeline,
+    ):
+        fit(model, pipeline, 8)
+    [record] = library.kernels()
+    assert record.status is KernelStatus.VALIDATED
+    assert library.field_reports()
+    assert "seed.lifecycle" in {entry.event for entry in library.audit.entries()}
+    library.verify()
+
+
+def test_without_local_workers_others_do_the_work(
+    model: MorphableModel, library: Urza, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The trainer knows the public key alone, and has its library from the environment."""
+    public = tmp_path / "evaluator.pub"
+    public.write_bytes(library.evaluator_key.trusted().pem())
+    monkeypatch.setenv("URZA_TRUSTED_KEY", str(public))
+    with served(create_app(library, Tokens([]))) as url:
+        monkeypatch.setenv("URZA_API_URL", url)
+        pipeline = Pipeline(
+            model,
+            designs=one_design,
+            policy=PlateauPolicy(EAGER, QUICK),
+            synchronous=True,
+            local_workers=False,
+        )
+        with pipeline:
+            fit(model, pipeline, 2)
+            assert library.kernels() == []
+            assert len(library.blueprints(BlueprintStatus.UNVALIDATED)) == 1
+            asyncio.run(work_off(library))
+            fit(model, pipeline, 8)
+            assert library.field_reports()
+
+
+async def work_off(library: Urza) -> None:
+    async with esper.Tezzeret(library) as tezzeret, esper.Urabrask(library) as urabrask:
+        await tezzeret.run()
+        await urabrask.run()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from urza_backends import LOCAL, Place
-from urza_samples import blueprint, graph
+from urza_samples import blueprint, graph, submit
 
 from esper.cli import main
 from esper.contracts import LifecycleEvent, SeedState, canonical_json
@@ -65,6 +65,13 @@ def test_a_lifecycle_event_is_kept_in_full(five: Urza) -> None:
         "blocks.2.mlp[1]",
     )
     assert LifecycleEvent.model_validate(entry.details).step == 3
+
+
+@pytest.mark.parametrize("score", [1e20, 2.0**63, 2.0**53, 1e21, 1e-7, 0.0])
+def test_numbers_of_any_size_are_read_back_as_they_were_hashed(urza: Urza, score: float) -> None:
+    urza.set_interest(submit(urza), "tamiyo", score)
+    assert urza.audit.verify() == 1 + (score > 0)
+    urza.verify()
 
 
 @LOCAL

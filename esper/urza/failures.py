@@ -22,10 +22,10 @@ STATUS_OF: Mapping[type[Exception], int] = {
     RoleError: 403,
     ArtifactNotFoundError: 404,
     ConflictError: 409,
+    AuditError: 412,  # the log is not what the caller goes by
     TooLargeError: 413,
     ValueError: 422,
     LeaseError: 423,
-    AuditError: 500,
     LibraryError: 503,
     OSError: 507,  # of the server's disk, mostly that it is full
 }

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from esper.errors import LibraryError, RoleError, TokenError, TooLargeError
 from esper.urza.access import Role, Tokens
@@ -20,25 +20,47 @@ _OPEN_PATHS = frozenset({"/docs", "/openapi.json"})  # what the API is, not what
 
 
 class Gate:
-    """Settles whose request it is before its body is read: middleware, ASGI.
+    """Settles whose request it is, and that it is not too large, before it is read: middleware.
 
     The roles go to the routes as ``request.state.roles``. Without tokens everybody on this machine
     is an operator; a web page that had its own name point here still calls us by that name, and
     is refused.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, max_body_bytes: int) -> None:
         self._app = app
         self._tokens = tokens
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            headers = Headers(scope=scope)
             try:
-                scope.setdefault("state", {})["roles"] = self._roles(Headers(scope=scope))
-            except (TokenError, RoleError) as error:
+                scope.setdefault("state", {})["roles"] = self._roles(headers)
+                if int(headers.get("content-length", 0)) > self._max_body_bytes:
+                    raise self._too_large()
+            except (TokenError, RoleError, TooLargeError) as error:
                 await refuse(Request(scope), error)(scope, receive, send)
                 return
+            receive = self._limited(receive)
         await self._app(scope, receive, send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """For bodies that do not say how long they are."""
+        left_bytes = self._max_body_bytes
+
+        async def receive_some() -> Message:
+            nonlocal left_bytes
+            message = await receive()
+            left_bytes -= len(message.get("body", b""))
+            if left_bytes < 0:
+                raise HTTPException(413, str(self._too_large()))  # FastAPI hides any other
+            return message
+
+        return receive_some
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"a request may have {self._max_body_bytes} bytes here, and has more")
 
     def _roles(self, headers: Headers) -> frozenset[Role]:
         if self._tokens:
@@ -87,7 +109,7 @@ def _answer(
     logger.warning(
         "%s %r refused, %d %s: %s",
         request.method,
-        request.url.path,
+        request.scope["path"],
         status,
         failure.error,
         " ".join(failure.message.split()),  # one refusal, one line

@@ -55,9 +55,9 @@ _WANTED_BY = {"tamiyo": Role.RESEARCHER, "urabrask": Role.EVALUATOR}
 _bearer = HTTPBearer(auto_error=False, description="see `esper urza token`")
 
 
-def all_routes(library: Urza) -> APIRouter:
-    """Return every route but the metrics'."""
-    router = APIRouter(dependencies=[Security(_bearer)])
+def all_routes(library: Urza, *, by_token: bool) -> APIRouter:
+    """Return every route but the metrics'; ``by_token`` says that they ask for one."""
+    router = APIRouter(dependencies=[Security(_bearer)] if by_token else [])
     for add in (_add_blueprints, _add_kernels, _add_forge, _add_verdicts, _add_history):
         add(router, library)
     return router

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
@@ -18,21 +19,21 @@ from esper.urza.metrics import Measured, Metrics
 from esper.urza.routes import all_routes
 
 MAX_BODY_BYTES = 64 * 2**20
+_BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 _DRAINING_TIME_S = 10  # that requests under way have at the end
 
 
 def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """Return the ASGI application. Without tokens everyone who can reach it may do everything."""
-    app = FastAPI(
+    app = _Application(
         title="Urza",
         summary="Esper's library of blueprints, kernels and what became of them",
         version="1",
         redoc_url=None,
         responses={status: {"model": Failure} for status in STATUS_OF.values()},
-        max_body_size=max_body_bytes,
     )
     metrics = Metrics(library.status)
-    app.include_router(all_routes(library))
+    app.include_router(all_routes(library, by_token=bool(tokens)))
 
     @app.get("/metrics", include_in_schema=False)
     def get_metrics() -> Response:
@@ -42,9 +43,26 @@ def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(RequestValidationError, refuse_invalid)
     app.add_exception_handler(HTTPException, refuse_unroutable)
-    app.add_middleware(Gate, tokens=tokens)
+    app.add_middleware(Gate, tokens=tokens, max_body_bytes=max_body_bytes)
     app.add_middleware(Measured, metrics=metrics)
     return app
+
+
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Describe numbers as they are: those that are not finite are strings."""
+        description: dict[str, Any] = _with_non_finite(super().openapi())
+        return description
+
+
+def _with_non_finite(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_non_finite(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "number" and not _BOUNDS & schema.keys():
+        return {"anyOf": [schema, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
+    return {key: _with_non_finite(value) for key, value in schema.items()}
 
 
 def make_server(

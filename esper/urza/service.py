@@ -6,7 +6,9 @@ and prints it, once; ``esper urza key`` prints the public half of the evaluator'
 
 import argparse
 import logging
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from esper.errors import EsperError, LibraryError
@@ -78,7 +80,11 @@ def _serve(options: argparse.Namespace) -> None:
         server = make_server(
             app, certificate=options.certificate, certificate_key=options.certificate_key
         )
-        server.run(sockets=[listener])
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # uvicorn raises it again at the end
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
 
 
 def _token(options: argparse.Namespace) -> None:
