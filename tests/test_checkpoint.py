@@ -449,6 +449,107 @@ def test_every_optimizer_of_torch_goes_on(name: str, tmp_path: Path) -> None:
     assert_same(go_on(twin, again), expected)
 
 
+def several(net: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """One optimizer for each part of the host."""
+    return {
+        "front": torch.optim.SGD(net[0].parameters(), lr=1e-2, momentum=0.9),
+        "back": torch.optim.AdamW([*net[1].parameters(), *net[4].parameters()], lr=1e-2),
+    }
+
+
+def start_with_several(
+    library: MemoryLibrary,
+) -> tuple[MorphableModel, dict[str, torch.optim.Optimizer]]:
+    model = esper.wrap(host(), settings=SETTINGS)
+    model.connect(library)
+    made = several(model)
+    model.attach_optimizer(made["back"], lr=3e-3)
+    model.attach_optimizer(made["front"])
+    artifact = library.add(Residual, site(8, 4), dropout=0.4)
+    for name in ("0", "4"):
+        model.kasmina_layers[name].request_germination(1, artifact, BRIEF)
+    for _ in range(5):
+        step_several(model, made)
+    assert model.kasmina_layers["4"].state(1) is S.GRAFTING
+    return model, made
+
+
+def step_several(model: MorphableModel, made: dict[str, torch.optim.Optimizer]) -> list[Tensor]:
+    for optimizer in made.values():
+        optimizer.zero_grad()
+    loss = model(torch.randn(5, 8)).square().mean()
+    loss.backward()
+    for optimizer in made.values():
+        optimizer.step()
+    model.step()
+    return [loss.detach(), *(tensor.clone() for tensor in model.state_dict().values())]
+
+
+def sizes_of_groups(made: dict[str, torch.optim.Optimizer]) -> dict[str, list[int]]:
+    return {name: [len(g["params"]) for g in o.param_groups] for name, o in made.items()}
+
+
+@pytest.mark.parametrize("form", ["dict", "list"])
+def test_a_run_with_several_optimizers_goes_on(form: str, tmp_path: Path) -> None:
+    def given(made: dict[str, torch.optim.Optimizer]) -> Any:
+        return made if form == "dict" else [*made.values()]
+
+    library = MemoryLibrary()
+    model, made = start_with_several(library)
+    assert sizes_of_groups(made) == {"front": [6], "back": [4, 4]}
+    esper.save(model, tmp_path, given(made))
+    expected = [number for _ in range(NUM_STEPS) for number in step_several(model, made)]
+
+    twin = host()
+    again = several(twin)
+    esper.load(tmp_path, twin, given(again), library=library)
+    assert sizes_of_groups(again) == {"front": [6], "back": [4, 4]}
+    attached = twin.kasmina.enrollment.attachments
+    assert [a.optimizer for a in attached] == [again["back"], again["front"]]
+    assert [a.group_options for a in attached] == [{"lr": 3e-3}, {}]
+    assert_same([n for _ in range(NUM_STEPS) for n in step_several(twin, again)], expected)
+    for name in ("0", "4"):
+        if twin.kasmina_layers[name].state(1) is not S.FOSSILIZED:
+            twin.kasmina_layers[name].cull(1, "test")
+    assert sizes_of_groups(again) == {"front": [2], "back": [4, 0]}
+
+
+def test_several_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    library = MemoryLibrary()
+    model, made = start_with_several(library)
+    esper.save(model, tmp_path, made)
+    names = re.escape("the checkpoint has optimizers ['front', 'back'], got ")
+    for wrong, found in (("back", "['back']"), ("list", "['0', '1']")):
+        net = host()
+        again = several(net)
+        given: Any = [*again.values()] if wrong == "list" else {wrong: again[wrong]}
+        with pytest.raises(CheckpointError, match=names + re.escape(found)):
+            esper.load(tmp_path, net, given, library=library)
+        assert type(net) is nn.Sequential
+    net = host()
+    again = several(net)
+    swapped = {"front": again["back"], "back": again["front"]}
+    with pytest.raises(CheckpointError, match=r"SGD, got a .*AdamW") as raised:
+        esper.load(tmp_path, net, swapped, library=library)
+    assert raised.value.__notes__ == ["This concerns optimizer 'front'."]
+    assert all(not optimizer.state for optimizer in again.values())
+    with pytest.raises(ValueError, match=r"optimizers \['a', 'b'\] are one and the same"):
+        esper.save(model, tmp_path, {"a": made["front"], "b": made["front"]})
+    with pytest.raises(TypeError, match="a list or a dict of optimizers, got set"):
+        esper.save(model, tmp_path, {made["front"]})
+    with pytest.raises(TypeError, match=r"by names, got str: Parameter \('0'\)"):
+        esper.save(model, tmp_path, [model[0].weight])
+
+
+def test_a_list_of_one_optimizer_is_that_optimizer(tmp_path: Path) -> None:
+    library = MemoryLibrary()
+    model, made = start(library, "Adam")
+    step(model, made)
+    esper.save(model, tmp_path, [made])
+    expected = after(model, made)
+    assert_same(after(*resume(tmp_path, library, "Adam")), expected)
+
+
 def test_momentum_keeps_its_strides(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
     model = esper.wrap(net)
@@ -700,8 +801,8 @@ def test_a_missing_file_is_named(saved: tuple[Path, MemoryLibrary]) -> None:
 
 def test_a_newer_format_is_refused(saved: tuple[Path, MemoryLibrary]) -> None:
     path = saved[0] / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"esper_checkpoint": 2}))
-    message = "has format version 2, this Esper reads version 1"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"esper_checkpoint": 3}))
+    message = "has format version 3, this Esper reads version 2"
     assert_refused(*saved, host(), None, CheckpointError, message)
 
 

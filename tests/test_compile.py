@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -208,6 +209,61 @@ def test_an_evaluation_before_an_observed_step_runs_eagerly_and_compiles_nothing
     assert counter.frame_count == 1
     model.kasmina.release()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def stance() -> str:
+    return str(torch._dynamo.eval_frame._stance.stance)
+
+
+def test_models_that_are_observed_in_turn_leave_the_stance_as_it_was(
+    library: MemoryLibrary,
+) -> None:
+    first, second = (wrapped(net(), library, observe_every=3) for _ in range(2))
+    live(first, 3)
+    live(second, 3)
+    assert stance() == "force_eager"
+    live(first, 1)
+    assert stance() == "force_eager"
+    live(second, 1)
+    assert stance() == "default"
+
+
+def test_a_model_that_is_forgotten_while_it_is_observed_does_not_keep_others_uncompiled(
+    library: MemoryLibrary,
+) -> None:
+    model = wrapped(net(), library, observe_every=3)
+    live(model, 3)
+    assert stance() == "force_eager"
+    del model
+    gc.collect()
+    assert stance() == "default"
+
+
+def test_a_lazy_layer_is_shaped_by_the_first_forward_of_a_compiled_model(
+    library: MemoryLibrary, counter: CompileCounterWithBackend
+) -> None:
+    plain = nn.Sequential(nn.LazyLinear(4), nn.Tanh())
+    model = esper.wrap(copy.deepcopy(plain), settings=SeedSettings(seeds_per_layer=2))
+    results = []
+    for module in (plain, model):
+        torch.manual_seed(3)
+        results.append(torch.compile(module, backend=counter, fullgraph=True)(batch()))
+    assert model[0].weight.device.type == "cpu"
+    assert torch.equal(*results)
+    assert counter.frame_count == 2
+
+
+def test_a_model_that_has_grown_already_is_compiled_in_the_same_blocks(
+    library: MemoryLibrary,
+) -> None:
+    model = wrapped(net(), library)
+    dormant = esper.compile(copy.deepcopy(model), backend="eager")
+    for name in ("1.up", "2.up"):
+        germinate(model, name, 0, library.add())
+    live(model, 1)
+    esper.compile(model, backend="eager")
+    names = [[report.name for report in m.compile_report()] for m in (dormant, model)]
+    assert names[0] == names[1] == ["1", "2", "3"]
 
 
 def test_observed_steps_of_blocks_run_eagerly_and_compile_nothing(

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from esper.blueprints.norm import Norm, Standardize
 from esper.blueprints.residual_mlp import ResidualMLP
 from esper.blueprints.self_attention import SelfAttention
 from esper.contracts import SeedState, SiteSignature
+from esper.kasmina import site_types
 from esper.kasmina.model import MorphableModel
 
 
@@ -261,6 +263,41 @@ def test_layers_may_be_called_by_keyword() -> None:
     inp = torch.randn(5, 8)
     model = grow(wrapped(Net(), inp, library), library, "layer", Residual)
     assert_same(esper.export(model)(inp), model(inp))
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Paired(nn.Linear):
+    def forward(self, inp: Tensor) -> Pair:  # type: ignore[override]
+        return Pair(super().forward(inp), inp)
+
+
+SEVERAL: dict[str, Callable[[], nn.Module]] = {
+    "a tuple": lambda: nn.LSTM(6, 8, batch_first=True),
+    "a named tuple": lambda: Paired(6, 8),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_of_several_outputs_the_first_has_the_kernels(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_types, "_READERS", dict(site_types._READERS))
+    esper.register_site(Paired, channel_dim=-1)
+    inp, library = torch.randn(2, 3, 6), MemoryLibrary()
+    host = SEVERAL[case]()
+    dormant = host(inp)
+    model = grow(wrapped(host, inp, library), library, "", LowRank)
+    plain = esper.export(model)
+    expected = model(inp)
+    assert not torch.equal(expected[0], dormant[0])
+    for net in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        found = net(inp)
+        assert type(found) is type(expected) is type(dormant)
+        torch.testing.assert_close(found, expected)
 
 
 def test_hooks_of_the_layer_run_around_its_seeds() -> None:

@@ -186,7 +186,7 @@ def test_one_seed_of_a_layer_folds_and_another_stays() -> None:
     grow(model, library, "0", LowRank, (0,))
     grow(model, library, "0", Residual, (1,))
     plain = esper.export(model.eval())
-    assert list(plain[0].grown) == ["seed1"]
+    assert list(plain[0].grown) == ["seed1", "forms"]
     torch.testing.assert_close(plain(inp), model(inp))
 
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_folded_exactly_is_kept(case: str) -> None:
     make_host, builder, shape, hparams = KEPT[case]
     model = grown(make_host(), builder, shape, **hparams)
     plain = esper.export(model)
-    assert list(plain[0].grown) == ["seed0", "seed1"]
+    assert list(plain[0].grown) == ["seed0", "seed1", "forms"]
     inp = torch.randn(shape)
     torch.testing.assert_close(plain(inp), model(inp))
 
@@ -232,7 +232,7 @@ def test_the_same_geometry_folds_where_another_does_not() -> None:
 @pytest.mark.parametrize("state", [SeedState.GRAFTING, SeedState.FINE_TUNING])
 def test_seeds_that_are_not_fossilized_are_kept(state: SeedState) -> None:
     plain = esper.export(grown(nn.Linear(6, 8), LowRank, LINEAR, state))
-    assert list(plain[0].grown) == ["seed0", "seed1"]
+    assert list(plain[0].grown) == ["seed0", "seed1", "forms"]
 
 
 def test_tied_weights_are_left_alone() -> None:
@@ -243,7 +243,7 @@ def test_tied_weights_are_left_alone() -> None:
     model = grow(wrapped(net, inp, library), library, "0", LowRank).eval()
     plain = esper.export(model)
     assert plain[2].weight is plain[0].weight
-    assert list(plain[0].grown) == ["seed0", "seed1"]
+    assert list(plain[0].grown) == ["seed0", "seed1", "forms"]
     torch.testing.assert_close(plain(inp), model(inp))
 
 
@@ -263,7 +263,7 @@ def test_a_module_of_several_names_folds_once() -> None:
 def test_weights_that_are_computed_are_left_alone() -> None:
     model = grown(nn.utils.weight_norm(nn.Linear(6, 8)), LowRank, LINEAR)
     plain = esper.export(model)
-    assert list(plain[0].grown) == ["seed0", "seed1"]
+    assert list(plain[0].grown) == ["seed0", "seed1", "forms"]
     inp = torch.randn(LINEAR)
     torch.testing.assert_close(plain(inp), model(inp))
 

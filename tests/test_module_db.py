@@ -1,5 +1,6 @@
 """Every module of torch.nn, called as PyTorch's own tests call it, in a wrapped model."""
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -19,13 +20,9 @@ from compat_cases import (
     module_cases,
     module_names,
 )
-from compat_checks import (
-    DoesNotApplyError,
-    active,
-    culled,
-    dormant_gradients,
-    dormant_identical,
-)
+from compat_checks import active, autocast, culled, dormant_gradients, dormant_identical
+from compat_runs import DoesNotApplyError
+from compat_tools import compiled, exported, saved_and_loaded
 
 from esper.kasmina.site_types import site_type
 
@@ -78,6 +75,35 @@ def test_a_kernel_on_a_module_learns_and_leaves_it_as_it_was(name: str) -> None:
     pytest.fail(f"no kernel ran on {name} in any of {len(cases(name))} cases")
 
 
+@pytest.mark.parametrize("check", [autocast, saved_and_loaded, exported])
+@pytest.mark.parametrize("name", CALLABLE_NAMES)
+def test_what_is_done_with_models_works_with_a_module(
+    name: str, check: Callable[[Case], None]
+) -> None:
+    if name == "nn.AdaptiveLogSoftmaxWithLoss" and check is autocast:
+        pytest.skip("PyTorch itself cannot run it under autocast")
+    run_first(check, name)
+
+
+# Compiling takes a second. What differs in the number of dimensions only, and losses, are left to
+# tests/compat_report.py.
+COMPILED_NAMES = [n for n in CALLABLE_NAMES if not n.endswith(("1d", "3d", "Loss"))]
+
+
+@pytest.mark.parametrize("name", COMPILED_NAMES)
+def test_a_module_compiles_dormant_and_grown(name: str) -> None:
+    run_first(compiled, name)
+
+
+def run_first(check: Callable[[Case], None], name: str) -> None:
+    """Run a check on the first case that it applies to."""
+    for case in cases(name):
+        with contextlib.suppress(DoesNotApplyError):
+            check(case)
+            return
+    pytest.fail(f"{check.__name__} applied to {name} in none of {len(cases(name))} cases")
+
+
 class Counting(nn.Linear):
     """Another output at each call, as of a layer that is not left alone."""
 
@@ -89,10 +115,17 @@ class Counting(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("check", "what"), [(dormant_identical, "outputs"), (dormant_gradients, "gradients")]
+    ("check", "what"),
+    [
+        (dormant_identical, "outputs"),
+        (dormant_gradients, "gradients"),
+        (autocast, "outputs"),
+        (saved_and_loaded, "outputs"),
+        (exported, "outputs"),
+    ],
 )
 def test_the_checks_see_a_difference(check: Callable[[Case], None], what: str) -> None:
     [case] = cases("nn.LazyLinear")
     broken = dataclasses.replace(case, build=lambda: Holder(Counting(8, 6)))
-    with pytest.raises(AssertionError, match=f"{what} 0 of"):
+    with pytest.raises(AssertionError, match=f"{what} 0"):
         check(broken)

@@ -1,8 +1,10 @@
 """Seeds in the user's optimizers: what joins which, what refuses, and that the host never notices."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -46,6 +48,7 @@ def layer_groups(net: nn.Sequential) -> Optimizers:
 
 PLAIN = ["Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam"]
 PLAIN += ["RMSprop", "Rprop", "SGD"]
+CAPTURABLE = [n for n in PLAIN if "capturable" in signature(getattr(torch.optim, n)).parameters]
 REFUSING = ["LBFGS", "SparseAdam"]
 MAKERS: dict[str, Maker] = {
     **{name: of_all(getattr(torch.optim, name)) for name in PLAIN},
@@ -64,7 +67,20 @@ MAKERS: dict[str, Maker] = {
         for name in PLAIN
         if name != "Adafactor"
     },
+    **{
+        f"{name} capturable": of_all(getattr(torch.optim, name), capturable=True)
+        for name in CAPTURABLE
+    },
 }
+
+
+@pytest.fixture(autouse=True)
+def _capturable_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch allows it on accelerators alone, but the arithmetic is the same everywhere."""
+    devices = "_get_capturable_supported_devices"
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("torch.optim.") and hasattr(module, devices):
+            monkeypatch.setattr(module, devices, lambda supports_xla=True: ["cpu"])
 
 
 def test_every_optimizer_of_torch_is_among_the_cases() -> None:
@@ -207,6 +223,39 @@ def test_a_seed_lives_through_all_states(name: str, library: MemoryLibrary) -> N
         if "esper_seeds" in group
     ]
     assert sum(sizes) == 4
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_state_of_a_kernels_weights_has_the_form_of_the_hosts(
+    name: str, library: MemoryLibrary
+) -> None:
+    """Fused and capturable steps take counts that are tensors only, and on the weights' device."""
+    model = wrapped(library)
+    optimizers = MAKERS[name](model)
+    for optimizer in optimizers:
+        model.attach_optimizer(optimizer)
+    learn(model, optimizers)
+    germinate(model, library)
+    learn(model, optimizers, 1)
+    of_kernel = {id(weight) for weight in kernel_of(model).weights()}
+    for optimizer in optimizers:
+        forms: dict[bool, set[Any]] = {True: set(), False: set()}
+        for weight, state in optimizer.state.items():
+            forms[id(weight) in of_kernel].add((weight.dim(), *form(weight, state)))
+        assert forms[True] == forms[False]
+        if name.endswith(("capturable", "fused")):
+            assert all(
+                isinstance(s["step"], Tensor) for s in optimizer.state.values() if "step" in s
+            )
+
+
+def form(weight: Tensor, state: dict[str, Any]) -> list[Any]:
+    return [
+        (key, value.dtype, value.device, value.dim() and value.shape == weight.shape)
+        if isinstance(value, Tensor)
+        else (key, type(value))
+        for key, value in sorted(state.items())
+    ]
 
 
 # ---------------------------------------------------------------------- refusals

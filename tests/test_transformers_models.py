@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed ([compat])")
 
 from compat_cases import FAMILIES, family_case
-from compat_checks import CHECKS, active, wrapped
+from compat_checks import CHECKS, active
+from compat_runs import wrapped
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -22,9 +23,20 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# Seconds each, so that one family of a kind is tried; tests/compat_report.py tries all.
+SLOW_CHECKS = ["compile", "export"]
+ONE_OF_A_KIND = {family.kind: name for name, family in FAMILIES.items()}.values()
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check not in SLOW_CHECKS])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_family(name: str, check: str) -> None:
+    CHECKS[check].run(family_case(name))
+
+
+@pytest.mark.parametrize("check", SLOW_CHECKS)
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_a_model_family_of_each_kind(name: str, check: str) -> None:
     CHECKS[check].run(family_case(name))
 
 

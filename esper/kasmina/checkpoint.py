@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from esper.contracts import SeedId, SeedState
 from esper.errors import ArtifactError, ArtifactNotFoundError, CheckpointError
 from esper.kasmina.checkpoint_files import publish, verified_files
+from esper.kasmina.enrollment import Attachment
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.loader import KernelLoader, KernelSource
 from esper.kasmina.model import MorphableModel, unwrap, wrap
-from esper.kasmina.optimizer_state import check_optimizer, optimizer_state, restore_optimizer
+from esper.kasmina.optimizer_state import (
+    Optimizer,
+    Optimizers,
+    check_optimizers,
+    named_optimizers,
+    optimizer_states,
+    restore_optimizers,
+)
 from esper.kasmina.random_state import random_state, restore_random_state
 from esper.kasmina.resume import KasminaRecord
 from esper.kasmina.seat import Seat
@@ -39,22 +47,25 @@ _BANK = "bank/"
 def save(
     model: MorphableModel,
     folder: str | os.PathLike[str],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Make the state of a training run the checkpoint in ``folder``, in place of an earlier one.
 
     Call it on the training thread between two steps: after ``model.step()``, when gradients have
-    been used, as they are not saved. ``extra`` is for whatever else has a state, such as
-    ``{"scheduler": scheduler.state_dict()}``: None, bool, int, float, str, list, tuple, dict,
-    Counter and Tensor. The run itself goes on as if nothing had been saved.
+    been used, as they are not saved. ``optimizer`` may be several: a list or a dict of them.
+    ``extra`` is for whatever else has a state, such as ``{"scheduler": scheduler.state_dict()}``:
+    None, bool, int, float, str, list, tuple, dict, Counter and Tensor. The run itself goes on as if
+    nothing had been saved.
 
     Killed at any instant it leaves the former checkpoint or the new one, whole. Synchronises with
-    the device. Raises ``TypeError`` for a model that is not wrapped and for a value in ``extra`` or
-    in the optimizer that cannot be saved, ``ValueError`` for an optimizer of another model.
+    the device. Raises ``TypeError`` for a model that is not wrapped, for anything but optimizers and
+    for a value in ``extra`` or in an optimizer that cannot be saved, ``ValueError`` for an optimizer
+    of another model.
     """
     _check_wrapped(model)
+    optimizers = named_optimizers(optimizer)
     host, kernels = _host_state(model), _kernel_tensors(model)
     others = {name: value for name, value in host.items() if not isinstance(value, Tensor)}
     weights, aliases = _without_aliases(
@@ -62,8 +73,8 @@ def save(
     )
     tensors = {f"{_BANK}{name}": field for name, field in model.kasmina.bank.capture().items()}
     training = {
-        "optimizer": None if optimizer is None else optimizer_state(optimizer, _parameters(model)),
-        "group_options": _group_options(model, optimizer),
+        "optimizers": optimizer_states(optimizers, _parameters(model)),
+        "attached": _attached(model, optimizers),
         "seat_generators": [
             (name, seat.seed_idx, seat.rng_state)
             for name, seat in _seats(model)
@@ -89,7 +100,7 @@ def save(
 def load(
     folder: str | os.PathLike[str],
     net: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     *,
     library: KernelSource | None = None,
     restore_rng: bool = True,
@@ -98,8 +109,9 @@ def load(
 
     ``net`` is freshly built, as before it was wrapped, and is wrapped here, in place, with the saved
     settings (or is freshly wrapped with the same). ``optimizer`` is freshly made on its parameters;
-    it receives the saved groups and states and, if the saved one was, is attached to the model.
-    Without one the saved optimizer is left out. Kernels come from ``library`` (which is then
+    it receives the saved groups and states and, if the saved one was, is attached to the model; of
+    several, each takes on what was saved under its name or number. Without one what was saved of
+    optimizers is left out. Kernels come from ``library`` (which is then
     connected) or the one that ``net`` is connected to. With ``restore_rng`` the random number
     generators of PyTorch, Python and NumPy go back to where they were.
 
@@ -108,12 +120,13 @@ def load(
     altered, or the net, its settings or the optimizer are other ones, and :class:`ArtifactError` if
     a kernel cannot be had; net and optimizer are then as they were.
     """
+    optimizers = named_optimizers(optimizer)
     saved = _Saved.read(Path(folder))
     if isinstance(net, MorphableModel):
         _check_fresh(net, saved.kasmina)
-        extra = _load_wrapped(saved, net, optimizer, library)
+        extra = _load_wrapped(saved, net, optimizers, library)
     else:
-        extra = _load_unwrapped(saved, net, optimizer, library)
+        extra = _load_unwrapped(saved, net, optimizers, library)
     if restore_rng:
         restore_random_state(saved.value("random"))
     return extra
@@ -166,7 +179,7 @@ class _Saved:
 def _load_unwrapped(
     saved: _Saved,
     net: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: dict[str, Optimizer],
     library: KernelSource | None,
 ) -> dict[str, Any]:
     # Before it is wrapped: names of parameters say more than that a layer was not found.
@@ -174,7 +187,7 @@ def _load_unwrapped(
     layers = [layer.name for layer in saved.kasmina.layers]
     model = wrap(net, layers, settings=saved.kasmina.settings)
     try:
-        return _load_wrapped(saved, model, optimizer, library)
+        return _load_wrapped(saved, model, optimizers, library)
     except BaseException:
         unwrap(model, discard_kernels=True)
         raise
@@ -183,7 +196,7 @@ def _load_unwrapped(
 def _load_wrapped(
     saved: _Saved,
     model: MorphableModel,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: dict[str, Optimizer],
     library: KernelSource | None,
 ) -> dict[str, Any]:
     """Check everything first, change things last."""
@@ -196,10 +209,8 @@ def _load_wrapped(
         for seed_id, kernel in kernels.items()
         for name, _ in kernel.named_parameters()
     }
-    if optimizer is not None:
-        if saved.records["optimizer"] is None:
-            raise CheckpointError("the checkpoint was saved without an optimizer, but one is given")
-        check_optimizer(saved.records["optimizer"], optimizer, _parameters(model), learnable)
+    states = saved.records["optimizers"]
+    check_optimizers(states, optimizers, _parameters(model), learnable)
     others, extra = saved.value("buffers_of_other_kinds"), saved.value("extra")
 
     model.load_state_dict(saved.host_weights() | others)
@@ -209,11 +220,11 @@ def _load_wrapped(
         _seat(model, name, seed_idx).rng_state = generator_state
     if library is not None:
         model.connect(library)
-    if optimizer is not None:
-        restore_optimizer(saved.records["optimizer"], optimizer, _parameters(model), saved.tensors)
-        options = saved.value("group_options")
-        if options is not None:
-            model.attach_optimizer(optimizer, **options)
+    if optimizers:
+        restore_optimizers(states, optimizers, _parameters(model), saved.tensors)
+        model.kasmina.enrollment.restore(
+            [Attachment(optimizers[name], options) for name, options in saved.value("attached")]
+        )
     return dict(extra)
 
 
@@ -385,11 +396,16 @@ def _tensors_of(state: Mapping[str, Any]) -> Tensors:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _group_options(
-    model: MorphableModel, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Any] | None:
-    attachment = model.kasmina.enrollment.attachment_of(optimizer)
-    return None if attachment is None else attachment.group_options
+def _attached(
+    model: MorphableModel, optimizers: dict[str, Optimizer]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and options of seeds of the attached ones, in the order in which they were."""
+    return [
+        (name, attachment.group_options)
+        for attachment in model.kasmina.enrollment.attachments
+        for name, optimizer in optimizers.items()
+        if attachment.optimizer is optimizer
+    ]
 
 
 def _without_aliases(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from esper.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew a single optimizer
 MANIFEST = "manifest.json"
 
 Writer = Callable[[Path], None]

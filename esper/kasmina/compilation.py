@@ -122,7 +122,8 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Modul
 
 def _blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the largest repeated modules, else parts of containers, else the model itself."""
-    classes = Counter(type(module) for module in model.modules() if any(module.children()))
+    hosts = (module for name, module in model.named_modules() if SEATS not in name.split("."))
+    classes = Counter(own_class(type(module)) for module in hosts if _parts(module))
     repeated = {cls for cls, count in classes.items() if count > 1 and cls not in _CONTAINERS}
     found: dict[str, nn.Module] = {}
     _collect("", model, repeated.__contains__, found)
@@ -136,12 +137,18 @@ def _collect(
     found: dict[str, nn.Module],
 ) -> None:
     """Add the blocks at or below ``module``; single layers are too small to be one."""
-    if not any(module.children()):
+    parts = _parts(module)
+    if not parts:
         return
     num_before = len(found)
-    if not is_block(type(module)):
-        for child_name, child in module.named_children():
+    if not is_block(own_class(type(module))):
+        for child_name, child in parts.items():
             _collect(f"{name}.{child_name}" if name else child_name, child, is_block, found)
     is_callable = not isinstance(module, nn.ModuleList | nn.ModuleDict)
     if len(found) == num_before and is_callable:
         found[name] = module
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Return a module's children but its seats, which are never called."""
+    return {name: child for name, child in module.named_children() if name != SEATS}

@@ -79,6 +79,13 @@ class Enrollment:
                 f"got {group_options}; change the options in its param_groups"
             )
 
+    def restore(self, attachments: list[Attachment]) -> None:
+        """Take in optimizers whose groups hold already what they are to move, as a load made them."""
+        for new in attachments:
+            self.attachments = [
+                a for a in self.attachments if _disjoint(a.optimizer, new.optimizer)
+            ] + [new]
+
     def attachment_of(self, optimizer: torch.optim.Optimizer | None) -> Attachment | None:
         return next((a for a in self.attachments if a.optimizer is optimizer), None)
 
@@ -115,7 +122,7 @@ class Enrollment:
 
     def _add(self, new: Attachment) -> None:
         before, num_groups = self.attachments, len(new.optimizer.param_groups)
-        self.attachments = [a for a in before if _disjoint(a.optimizer, new.optimizer)] + [new]
+        self.restore([new])
         try:
             new.admit_seeds()
             seats = [(layer, seat) for layer in self.layers.values() for seat in layer.occupants()]

@@ -4,13 +4,16 @@ Only the root's class is exchanged, for a cached subclass without a ``forward`` 
 FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from esper.config import SeedSettings
 from esper.errors import EsperError
@@ -136,12 +139,18 @@ class MorphableModel(nn.Module):
             self._show(args, kwargs)
 
     def _show(self, args: Any, kwargs: Any) -> None:
-        """Show the layers of unknown width a forward of fake tensors: nothing is computed."""
+        """Show the layers of unknown width a forward of fake tensors: nothing is computed.
+
+        Lazy modules get real parameters by it, as they do by the first forward without Esper.
+        """
         from torch._subclasses.fake_tensor import FakeTensorMode  # half a compiler to import
 
         self.kasmina.to_be_shown = False
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        lazy = any(is_lazy(tensor) for tensor in (*self.parameters(), *self.buffers()))
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            with contextlib.nullcontext() if lazy else mode, torch.no_grad():
                 self(*args, **kwargs)
         except Exception as error:
             logger.info("layers of unknown width remain so until they are observed: %s", error)

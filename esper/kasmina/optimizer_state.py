@@ -1,10 +1,10 @@
-"""An optimizer's state by parameter names: groups with all options, and each parameter's state.
+"""Optimizers' states by parameter names: groups with all options, and each parameter's state.
 
 ``optimizer.load_state_dict`` goes by positions, casts states to their parameter's dtype and cannot
 know the parameters of kernels that are not in the new optimizer yet.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,83 @@ from esper.kasmina.tree import Place, Tensors, unpack
 
 SEED_GROUP = "esper_seeds"  # the option that marks a group made for seeds
 
+Optimizer = torch.optim.Optimizer
+Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+
+def named_optimizers(given: Optimizers | None) -> dict[str, Optimizer]:
+    """Return optimizers by name, those of a list by their number, a single one as that of a list.
+
+    Raises ``TypeError`` for anything else, ``ValueError`` for an optimizer that is given twice.
+    """
+    several = [] if given is None else [given] if isinstance(given, Optimizer) else given
+    if isinstance(several, Mapping):
+        named = dict(several)
+    elif isinstance(several, Sequence):
+        named = {str(number): optimizer for number, optimizer in enumerate(several)}
+    else:
+        raise TypeError(
+            f"expected an optimizer, a list or a dict of optimizers, got {type(given).__name__}"
+        )
+    for name, optimizer in named.items():
+        if not isinstance(name, str) or not isinstance(optimizer, Optimizer):
+            kinds = f"{type(name).__name__}: {type(optimizer).__name__}"
+            raise TypeError(f"expected optimizers by names, got {kinds} ({name!r})")
+        twice = [other for other in named if named[other] is optimizer]
+        if len(twice) > 1:
+            raise ValueError(f"optimizers {twice} are one and the same")
+    return named
+
+
+def optimizer_states(
+    optimizers: Mapping[str, Optimizer], parameters: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the state of ``optimizer`` with the names of ``parameters`` in their places.
+    """Return the state of each optimizer, with the names of ``parameters`` in their places.
 
-    Raises ``ValueError`` if it holds a parameter that is not among them.
+    Raises ``ValueError`` if one holds a parameter that is not among them.
     """
     names = _names_of(parameters)
+    return {name: _state(optimizer, names) for name, optimizer in optimizers.items()}
+
+
+def check_optimizers(
+    saved: dict[str, Any],
+    optimizers: Mapping[str, Optimizer],
+    parameters: dict[str, Tensor],
+    kernels: set[str],
+) -> None:
+    """Raise :class:`CheckpointError` unless ``optimizers`` are none, or fit to take on ``saved``.
+
+    They must have the saved names, be of the same classes and have the same parameters in the same
+    groups; ``kernels`` names those that they do not have yet.
+    """
+    if optimizers and not saved:
+        raise CheckpointError("the checkpoint was saved without an optimizer, but one is given")
+    if optimizers and optimizers.keys() != saved.keys():
+        raise CheckpointError(f"the checkpoint has optimizers {[*saved]}, got {[*optimizers]}")
+    for name, optimizer in optimizers.items():
+        try:
+            _check(saved[name], optimizer, _names_of(parameters), kernels)
+        except (CheckpointError, ValueError) as error:
+            error.add_note(f"This concerns optimizer '{name}'.")
+            raise
+
+
+def restore_optimizers(
+    saved: dict[str, Any],
+    optimizers: Mapping[str, Optimizer],
+    parameters: dict[str, Tensor],
+    tensors: Tensors,
+) -> None:
+    """Give each optimizer its saved groups, in the same order, and states.
+
+    Group objects and lists of parameters stay the same objects, which schedulers and LBFGS keep.
+    """
+    for name, optimizer in optimizers.items():
+        _restore(saved[name], optimizer, parameters, tensors)
+
+
+def _state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, Any]:
     groups = [
         {
             "params": _named(group["params"], names, f"group {number}"),
@@ -35,22 +103,13 @@ def optimizer_state(
     return {"class": _class_name(optimizer), "groups": groups, "state": state}
 
 
-def check_optimizer(
-    saved: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, Tensor],
-    kernels: set[str],
+def _check(
+    saved: dict[str, Any], optimizer: Optimizer, names: dict[int, str], kernels: set[str]
 ) -> None:
-    """Raise :class:`CheckpointError` unless ``optimizer`` is fit to take on ``saved``.
-
-    It must be of the same class and have the same parameters in the same groups; ``kernels``
-    names those that it does not have yet.
-    """
     if _class_name(optimizer) != saved["class"]:
         raise CheckpointError(
             f"the checkpoint's optimizer is a {saved['class']}, got a {_class_name(optimizer)}"
         )
-    names = _names_of(parameters)
     given = [
         set(_named(group["params"], names, f"group {number}"))
         for number, group in enumerate(optimizer.param_groups)
@@ -69,16 +128,9 @@ def check_optimizer(
             )
 
 
-def restore_optimizer(
-    saved: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, Tensor],
-    tensors: Tensors,
+def _restore(
+    saved: dict[str, Any], optimizer: Optimizer, parameters: dict[str, Tensor], tensors: Tensors
 ) -> None:
-    """Give ``optimizer`` the saved groups, in the same order, and states.
-
-    Group objects and lists of parameters stay the same objects, which schedulers and LBFGS keep.
-    """
     host_groups = (group for group in optimizer.param_groups if not group.get(SEED_GROUP))
     seed_groups = (group for group in optimizer.param_groups if group.get(SEED_GROUP))
     groups = [
@@ -159,5 +211,5 @@ def _names_of(parameters: dict[str, Tensor]) -> dict[int, str]:
     return {id(parameter): name for name, parameter in parameters.items()}
 
 
-def _class_name(optimizer: torch.optim.Optimizer) -> str:
+def _class_name(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"

@@ -19,6 +19,8 @@ import esper.reference as reference
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.site import ChannelDim
 
+fx.wrap("hasattr")  # called when a graph runs, not when it is traced
+
 _MAX_RANK = 8  # of an output that a kernel made for rank 2 is applied to
 
 
@@ -64,8 +66,9 @@ def attach(host: nn.Module, voices: list[Voice]) -> str:
     names = itertools.chain(["grown"], (f"grown{number}" for number in itertools.count(2)))
     name = next(name for name in names if not hasattr(host, name))
     seeds = nn.ModuleDict({voice.name: _seed(voice) for voice in voices})
+    seeds["forms"] = nn.ModuleList([fx.symbolic_trace(form) for form in _forms(voices)])
     host.add_module(name, seeds.train(host.training))
-    hook = fx.symbolic_trace(_hook(name, _input_name(host), voices))
+    hook = fx.symbolic_trace(_hook(name, _input_name(host)))
     # The handle is kept because unpickling one reserves its id, which a hook that is registered
     # afterwards would otherwise be given as well.
     seeds.handle = host.register_forward_hook(hook, prepend=True, with_kwargs=True)  # type: ignore[assignment]
@@ -113,21 +116,41 @@ def _parent(root: nn.Module, dotted_name: str) -> tuple[nn.Module, str]:
     return root, name
 
 
-def _hook(name: str, input_name: str, voices: list[Voice]) -> Callable[..., Any]:
-    """Return the forward hook; the output's shape and the mode decide which path a seed takes."""
+def _hook(name: str, input_name: str) -> Callable[..., Any]:
+    """Return the forward hook; what kind of value the output is decides which form speaks."""
 
     nothing = (None,)
 
     def call_seeds(host: Any, args: Any, kwargs: Any, out: Any) -> Any:
         inp = kwargs.get(input_name, (args + nothing)[0])
+        seeds = getattr(host, name)
+        is_tensor, is_named = hasattr(out, "shape"), hasattr(out, "_make")
+        return seeds.forms[is_tensor + is_named * 2].forward(seeds, inp, out)
+
+    return call_seeds
+
+
+def _forms(voices: list[Voice]) -> tuple[Callable[..., Any], ...]:
+    """Return what speaks on a tuple, a tensor and a named tuple; of several outputs, on the first.
+
+    The output's shape and the mode decide which path a seed takes.
+    """
+
+    def on_tensor(seeds: Any, inp: Any, out: Any) -> Any:
         for voice in voices:
-            seed = getattr(getattr(host, name), voice.name)
+            seed = getattr(seeds, voice.name)
             width = out.shape[slice(voice.dim, voice.dim + 1 or None)]
             fits = seed.ranks.count(out.ndim) * seed.widths.count(width)
             out = seed.paths[fits * (1 + seed.training)].forward(seed, inp, out)
         return out
 
-    return call_seeds
+    def on_tuple(seeds: Any, inp: Any, out: Any) -> Any:
+        return (on_tensor(seeds, inp, out[0]),) + out[1:]  # noqa: RUF005  # traced, not iterable
+
+    def on_named_tuple(seeds: Any, inp: Any, out: Any) -> Any:
+        return out._make(on_tuple(seeds, inp, out))
+
+    return on_tuple, on_tensor, on_named_tuple
 
 
 def _pass_through(seed: Any, inp: Any, out: Any) -> Any:
