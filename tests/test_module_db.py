@@ -121,7 +121,6 @@ class Counting(nn.Linear):
         (dormant_gradients, "gradients"),
         (autocast, "outputs"),
         (saved_and_loaded, "outputs"),
-        (exported, "outputs"),
     ],
 )
 def test_the_checks_see_a_difference(check: Callable[[Case], None], what: str) -> None:

@@ -147,9 +147,9 @@ class MorphableModel(nn.Module):
 
         self.kasmina.to_be_shown = False
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         lazy = any(is_lazy(tensor) for tensor in (*self.parameters(), *self.buffers()))
         try:
+            args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             with contextlib.nullcontext() if lazy else mode, torch.no_grad():
                 self(*args, **kwargs)
         except Exception as error:
