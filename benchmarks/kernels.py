@@ -6,6 +6,7 @@ library, in a temporary folder, hands it out as often as it is needed.
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 import esper
 from benchmarks.models import NEVER_OBSERVED, copied
 from esper import KasminaLayer, MorphableModel, blueprints
-from esper.contracts import GraftingStrategy, KernelStatus, SeedState, SiteSignature
+from esper.contracts import (
+    GraftingStrategy,
+    KernelBundle,
+    KernelStatus,
+    Pipeline,
+    SeedState,
+    SiteSignature,
+)
+from esper.trust import TrustedKey
 
 FOR_EVER = 2**31  # steps
 DTYPE = "float32"
@@ -75,6 +84,23 @@ class Kernels:
             _randomize(layer, seed_idx)
         return model
 
+    def compile(
+        self, design: str, site: SiteSignature, pipeline: Pipeline
+    ) -> tuple[KernelBundle, float]:
+        """Return what a pipeline delivers, VALIDATED, and the seconds that it took to compile."""
+        library = self._opened_library()
+        blueprint_id = self._runner.run(self._forge.submit(blueprints.get(design), site, DTYPE))
+        started = time.perf_counter()
+        artifact_id = self._runner.run(self._forge.compile(blueprint_id, pipeline))
+        elapsed_s = time.perf_counter() - started
+        self._runner.run(self._validate(artifact_id))
+        return library.fetch_kernel(artifact_id), elapsed_s
+
+    @property
+    def trusted_key(self) -> TrustedKey:
+        """What the signatures of :meth:`compile` hold for."""
+        return self._opened_library().trusted_key
+
     def _wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
         update = {"seeds_per_layer": seeds_per_layer, "deterministic": True}
         model = esper.wrap(copied(net), settings=NEVER_OBSERVED.model_copy(update=update))
@@ -106,10 +132,17 @@ class Kernels:
     async def _make(self, design: str, site: SiteSignature) -> str:
         blueprint_id = await self._forge.submit(blueprints.get(design), site, DTYPE)
         artifact_id = await self._forge.compile(blueprint_id)
-        report = await self._evaluator.evaluate(artifact_id)
-        if report.status is not KernelStatus.VALIDATED:
-            raise RuntimeError(f"{design} for {site}: {report.status}")
+        await self._validate(artifact_id)
         return artifact_id
+
+    async def _validate(self, artifact_id: str) -> None:
+        assert self._library is not None
+        record = self._library.kernel(artifact_id)
+        if record.status is KernelStatus.PENDING_BENCHMARKING:
+            report = await self._evaluator.evaluate(artifact_id)
+            if report.status is not KernelStatus.VALIDATED:
+                design = record.manifest.design.name
+                raise RuntimeError(f"{design} for {record.manifest.site}: {report.status}")
 
 
 def _places(model: MorphableModel, seeds: Seeds) -> list[tuple[KasminaLayer, int]]:

@@ -69,7 +69,7 @@ class Row(Finding):
 
 
 _ROWS = TypeAdapter(list[Row])
-_DECIMALS = {"x": 4, "us": 2, "GB/s": 2, "B": 1}
+_DECIMALS = {"x": 4, "us": 2, "s": 2, "GB/s": 2, "B": 1}
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:

@@ -11,15 +11,21 @@ import native_artifacts
 import pytest
 import torch
 from forge_samples import SITES
+from kasmina_library import MemoryLibrary
 from native_artifacts import repacked
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import esper
+from esper import blueprints
 from esper.blueprints.example import example_inputs
-from esper.errors import ArtifactError
-from esper.kasmina import compiled
+from esper.contracts import KernelBundle, KernelRecord, KernelStatement, KernelStatus
+from esper.errors import ArtifactError, ArtifactIntegrityError
+from esper.kasmina import compiled, native
+from esper.kasmina.cache import KernelCache
 from esper.kasmina.compiled import CompiledStep
 from esper.kasmina.kernel import Kernel
+from esper.kasmina.loader import KernelLoader
 
 pytestmark = pytest.mark.timeout(300)  # the first one compiles
 
@@ -28,7 +34,7 @@ Compiled = Callable[[], Kernel]
 
 @pytest.fixture(scope="module")
 def artifact() -> native_artifacts.Artifact:
-    return native_artifacts.residual_mlp()
+    return native_artifacts.gated()
 
 
 @pytest.fixture
@@ -327,5 +333,72 @@ def test_refuses_missing_libraries(artifact: native_artifacts.Artifact) -> None:
 
 
 def test_ids_without_machine_code_are_what_they_were() -> None:
-    manifest, _ = samples.artifact(native_artifacts.blueprints.get("residual_mlp"))
+    manifest, _ = samples.artifact(blueprints.get("gated"))
     assert b"native" not in manifest.canonical()
+
+
+def published(library: MemoryLibrary, artifact: native_artifacts.Artifact) -> str:
+    manifest, files = artifact
+    statement = KernelStatement(
+        artifact_id=manifest.artifact_id, status=KernelStatus.VALIDATED, report_digest="0" * 64
+    )
+    record = KernelRecord(
+        artifact_id=manifest.artifact_id,
+        manifest=manifest,
+        status=KernelStatus.VALIDATED,
+        statement=statement,
+        signature=library.key.sign(statement),
+    )
+    library.bundles[manifest.artifact_id] = KernelBundle(record=record, files=files)
+    return manifest.artifact_id
+
+
+async def test_two_seeds_of_a_layer_share_the_libraries(
+    artifact: native_artifacts.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = MemoryLibrary()
+    first = published(library, artifact)
+    plain = samples.artifact(blueprints.get("gated"))
+    served: list[bool] = []
+    run = CompiledStep.run
+
+    def watched(self: CompiledStep, *given: Any) -> Tensor | None:
+        out = run(self, *given)
+        served.append(out is not None)
+        return out
+
+    monkeypatch.setattr(CompiledStep, "run", watched)
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 16))
+    grads = []
+    for artifact_id in (first, published(library, plain)):
+        model = esper.wrap(copy.deepcopy(net), ["1"], seeds_per_layer=2)
+        model.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        model.connect(library)
+        layer = model.kasmina_layers["1"]
+        torch.manual_seed(1)
+        for seed_idx in range(2):
+            assert await model.load_kernel("1", seed_idx, artifact_id)
+            kernel = layer.kernel(seed_idx)
+            assert kernel is not None
+            with torch.no_grad():
+                for weight in kernel.weights():
+                    weight.normal_(std=0.3)
+        model(torch.linspace(-1, 1, 4 * 24).view(4, 24)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert served == [True, True]
+    assert len(grads[0]) == 4 + 2 * 4
+    assert_alike(*grads)
+
+
+async def test_a_swapped_library_is_refused_before_it_is_loaded(
+    artifact: native_artifacts.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = MemoryLibrary()
+    artifact_id = published(library, artifact)
+    bundle = library.bundles[artifact_id]
+    swapped = bundle.files | {"forward.so": bundle.files["backward.so"]}
+    library.bundles[artifact_id] = bundle.model_copy(update={"files": swapped})
+    monkeypatch.setattr(native, "load", None)  # which could not be called
+    loader = KernelLoader(library, KernelCache(2**20))
+    with pytest.raises(ArtifactIntegrityError, match=r"file 'forward\.so' has digest"):
+        loader.prepare(artifact_id, SITES["linear"], torch.float32, torch.device("cpu"))

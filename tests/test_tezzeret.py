@@ -268,6 +268,18 @@ async def test_a_pipeline_that_is_not_there(
     assert urza.blueprint_status(blueprint_id)[0] is BlueprintStatus.UNVALIDATED
 
 
+async def test_says_why_a_simpler_pipeline_is_enough(
+    tezzeret: Tezzeret, urza: Urza, caplog: pytest.LogCaptureFixture
+) -> None:
+    blueprint_id = await tezzeret.submit(RESIDUAL_MLP, LINEAR, "float32")
+    fast = await tezzeret.compile(blueprint_id)
+    with caplog.at_level("INFO"):
+        assert await tezzeret.compile(blueprint_id, Pipeline.STANDARD) == fast
+    remark = f"STANDARD points to kernel {fast} of FAST: all of its seeds compute as one"
+    assert remark in urza.blueprint_status(blueprint_id)[1]
+    assert remark in caplog.text
+
+
 async def test_cancelling_gives_the_blueprint_back(tezzeret: Tezzeret, urza: Urza) -> None:
     blueprint_id = await tezzeret.submit(RESIDUAL_MLP, LINEAR, "float32")
     worker = tezzeret._worker

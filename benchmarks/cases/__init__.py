@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.cases import active, bandwidth, bank, dormant, isolated, observed, telemetry
+from benchmarks.cases import (
+    active,
+    bandwidth,
+    bank,
+    dormant,
+    forge,
+    isolated,
+    observed,
+    telemetry,
+)
 from benchmarks.harness import Plan, Trial
 from benchmarks.kernels import Kernels
 from benchmarks.rows import Finding
@@ -26,6 +35,7 @@ CASES = {
     "observed": Case(observed.trials),
     "isolated": Case(isolated.trials),
     "active": Case(active.trials),
+    "forge": Case(forge.trials),
     "bank": Case(bank.trials, bank.counts),
     "telemetry": Case(telemetry.trials, telemetry.counts),
     "bandwidth": Case(bandwidth.trials),  # the last one, as it changes how memory is allocated

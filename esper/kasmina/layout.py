@@ -16,7 +16,7 @@ Expression = int | str | tuple[Any, ...]  # a number, a symbol, or an operation 
 
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     name: getattr(operator, name) for name in ("add", "mul", "floordiv", "mod")
-}
+} | {"max": max}
 RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
     name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
 }

@@ -6,7 +6,7 @@ the site leaves open, and the stride from sample to sample of ``act``, stay open
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import (
-    default_partition,
     min_cut_rematerialization_partition,
 )
 from torch._guards import TracingContext, tracing
@@ -31,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
 
 from esper.contracts import HyperParameter
 from esper.kasmina.compiled import BACKWARD_FILE, FORWARD_FILE, PLAN_FILE, StepPlan
@@ -51,7 +50,6 @@ class Variant:
 
     name: str
     options: Mapping[str, HyperParameter]  # of torch._inductor.config
-    recomputes: bool = True  # in the backward pass, what is cheaper to compute than to keep
 
 
 # The memory format of what is saved must be the one that the backward library was compiled for.
@@ -71,7 +69,7 @@ def compile_step(kernel: Kernel, inp: Tensor, act: Tensor, variant: Variant) -> 
     """
     refuse_unsuitable(kernel)
     traced = _Traced(kernel, inp, act)
-    forward, backward = _partition(traced.joint, variant)
+    forward, backward = _partition(traced.joint)
     saved_inputs, num_saved = _hand_over(forward, backward)
     gradients = _keep_new_results(backward)
     plan = StepPlan(traced.layout(), saved_inputs, num_saved, gradients)
@@ -206,8 +204,8 @@ def _expression(expression: sympy.Basic) -> Expression:
             return int(expression)
         case sympy.Symbol():
             return str(expression)
-        case sympy.Add() | sympy.Mul():
-            name = "add" if isinstance(expression, sympy.Add) else "mul"
+        case sympy.Add() | sympy.Mul() | Max():
+            name = type(expression).__name__.lower()
             first, *others = (_expression(operand) for operand in expression.args)
             for other in others:
                 first = (name, first, other)
@@ -221,10 +219,9 @@ def _expression(expression: sympy.Basic) -> Expression:
     raise UnsuitableError(f"one of its sizes is {expression}")
 
 
-def _partition(joint: fx.GraphModule, variant: Variant) -> tuple[fx.GraphModule, fx.GraphModule]:
-    partition = min_cut_rematerialization_partition if variant.recomputes else default_partition
+def _partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
     with functorch_config.patch(recompute_views=True):
-        forward, backward = partition(joint, (), num_fwd_outputs=1)
+        forward, backward = min_cut_rematerialization_partition(joint, (), num_fwd_outputs=1)
     return forward, backward
 
 
@@ -301,7 +298,7 @@ class _SizeReader:
         name, *operands = expression
         nodes = [self.node(operand) for operand in operands]
         values = [n.meta["val"] if isinstance(n, fx.Node) else n for n in nodes]
-        function = OPERATIONS[name]
+        function: Callable[..., Any] = torch.sym_max if name == "max" else OPERATIONS[name]
         result = self._graph.call_function(function, tuple(nodes))
         result.meta["val"] = function(*values)
         return result

@@ -9,13 +9,19 @@ STANDARD = Variant("standard", {})
 _AGGRESSIVE = {
     "cpu": (
         STANDARD,
-        Variant("keep", {}, recomputes=False),
         Variant("contract", {"cpp.enable_floating_point_contract_flag": "fast"}),
+        Variant(
+            "stack",
+            {
+                "aot_inductor.allow_stack_allocation": True,
+                "aot_inductor.compile_wrapper_opt_level": "O3",
+            },
+        ),
     ),
     "cuda": (
         STANDARD,
         Variant("autotune", {"max_autotune": True}),
-        Variant("keep", {}, recomputes=False),
+        Variant("descend", {"coordinate_descent_tuning": True}),
     ),
 }
 
