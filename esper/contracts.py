@@ -234,6 +234,7 @@ class NativeTarget(Contract):
     machine: str  # "x86_64"
     instructions: str  # digest of the processor's features, or "sm_90"
     cuda: str | None = None
+    threads: int | None = None  # on the CPU, where loops are divided among them when compiled
 
 
 class Speedup(Contract):

@@ -402,3 +402,15 @@ async def test_a_swapped_library_is_refused_before_it_is_loaded(
     loader = KernelLoader(library, KernelCache(2**20))
     with pytest.raises(ArtifactIntegrityError, match=r"file 'forward\.so' has digest"):
         loader.prepare(artifact_id, SITES["linear"], torch.float32, torch.device("cpu"))
+
+
+def test_another_number_of_threads_is_left_to_fast(
+    artifact: native_artifacts.Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.set_num_threads(2)
+    try:
+        kernel = compiled.build(*artifact)
+    finally:
+        torch.set_num_threads(1)
+    assert kernel.compiled is None
+    assert "runs as FAST: compiled for threads 1, here it is 2" in caplog.text

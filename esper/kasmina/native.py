@@ -29,7 +29,6 @@ class Library(Protocol):
     def run(self, inputs: list[Tensor]) -> list[Tensor]: ...
 
 
-@cache
 def native_target(device: str) -> NativeTarget:
     """Return what machine code has to be compiled with and for to run in this process."""
     return NativeTarget(
@@ -39,6 +38,7 @@ def native_target(device: str) -> NativeTarget:
         machine=platform.machine(),
         instructions=_compute_capability() if device == "cuda" else _processor_features(),
         cuda=torch.version.cuda if device == "cuda" else None,
+        threads=None if device == "cuda" else torch.get_num_threads(),
     )
 
 
@@ -99,6 +99,7 @@ def _compute_capability() -> str:
     return f"sm_{major}{minor}"
 
 
+@cache
 def _processor_features() -> str:
     """Return a digest of what the processor can do, all of which the compiler makes use of."""
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else [platform.processor()]
