@@ -101,6 +101,13 @@ class Kernels:
         """What the signatures of :meth:`compile` hold for."""
         return self._opened_library().trusted_key
 
+    def connected(
+        self, net: nn.Module, inp: Tensor, layer_name: str, design: str, *, seeds_per_layer: int
+    ) -> tuple[MorphableModel, str]:
+        """Return a dormant copy of ``net``, and the artifact of a kernel for a layer's first seed."""
+        model = self._wrapped(net, inp, seeds_per_layer)
+        return model, self._artifact(design, model.kasmina_layers[layer_name].site(0))
+
     def _wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
         update = {"seeds_per_layer": seeds_per_layer, "deterministic": True}
         model = esper.wrap(copied(net), settings=NEVER_OBSERVED.model_copy(update=update))

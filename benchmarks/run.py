@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"{name}: not timed, {error}", style="red")
                 return 1
             case_rows = [Row(case=name, context=context, **dict(found)) for found in findings]
-            print_table(case_rows, console)
+            if case_rows:  # not where what the case needs is missing
+                print_table(case_rows, console)
             rows += case_rows
     if options.json is not None:
         write_json(rows, options.json)

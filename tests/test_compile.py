@@ -12,13 +12,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from kasmina_library import Doubled, Irregular, MemoryLibrary, Residual
 from torch import Tensor, nn
+from torch._dynamo.guards import CheckFunctionManager
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.fx import symbolic_trace
 
 import esper
 from esper.config import SeedSettings
@@ -27,6 +30,7 @@ from esper.errors import EsperError, WorkerError
 from esper.kasmina import compilation
 from esper.kasmina.compilation import catch_up
 from esper.kasmina.model import MorphableModel
+from esper.kasmina.traced import UnportableGraphError, read_graph, write_graph
 from esper.worker import Header
 
 # Dynamo asks a block's input, which is no leaf, for its gradient; it hides the warning, but not
@@ -131,6 +135,24 @@ def test_a_dormant_model_compiles_to_the_graph_of_the_unwrapped_one(
     assert [e.graph_count for e in explained] == [1, 1]
     assert [e.graph_break_count for e in explained] == [0, 0]
     assert explained[0].op_count == explained[1].op_count
+
+
+def test_a_dormant_layer_is_guarded_by_as_much_as_the_unwrapped_one(
+    library: MemoryLibrary,
+) -> None:
+    checks: list[int] = []
+
+    def count(manager: Any, *args: Any, **kwargs: Any) -> None:
+        original(manager, *args, **kwargs)
+        checks.append(len(str(manager.guard_manager).splitlines()))
+
+    original = CheckFunctionManager.__init__
+    with mock.patch.object(CheckFunctionManager, "__init__", count):
+        for model in (nn.Linear(8, 8), wrapped(nn.Linear(8, 8), library)):
+            torch.compiler.reset()
+            torch.compile(model, backend="eager", fullgraph=True)(batch())
+    assert len(checks) == 2
+    assert checks[0] == checks[1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -724,6 +746,75 @@ def test_what_cannot_be_compiled_in_the_background_runs_uncompiled_until_it_may_
     assert eager_counter.frame_count == 2
 
 
+def test_a_variant_that_is_not_found_in_the_cache_is_warned_of(
+    model: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiled_in_background(model, eager_counter, monkeypatch)
+    live(model, 2)
+    assert asyncio.run(model.load_kernel("2.up", 0, library.add(), alpha=0.5))
+    live(model, 1)
+    held.finish()
+
+    def missed(*args: Any) -> Any:
+        counters["inductor"]["fxgraph_cache_miss"] += 1
+        return run(*args)
+
+    blocks = model.kasmina.compiled_blocks[1].blocks
+    run = blocks.run
+    monkeypatch.setattr(blocks, "run", missed)
+    live(model, 1)
+    assert "block '2': what was compiled in the background was not found" in caplog.text
+
+
+def test_without_inductors_cache_nothing_is_compiled_in_the_background(
+    model: MorphableModel,
+) -> None:
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        pytest.raises(EsperError, match="needs Inductor's cache on disk, which is turned off"),
+    ):
+        esper.compile(model, on_germination="background")
+    assert model.compile_report() == []
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def plus_one_i(x: Tensor) -> Tensor:
+    return x + 1j
+
+
+def test_a_graph_with_what_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(UnportableGraphError, match="it holds modules or tensors of its own"):
+        write_graph(symbolic_trace(Holder()))
+    with pytest.raises(UnportableGraphError, match="an argument is a complex"):
+        write_graph(symbolic_trace(plus_one_i))
+
+
+def test_a_graph_that_was_sent_computes_the_same() -> None:
+    def compute(x: Tensor) -> Tensor:
+        parts = torch.stack([x[..., 1:], x[:, None, 0].expand(-1, 3)])
+        filled = parts.masked_fill(parts > 0, float("-inf")).to(torch.float64)
+        return torch.nn.functional.softmax(filled[:, 0], dim=-1, dtype=torch.float32)
+
+    graph = symbolic_trace(compute)
+    again = read_graph(json.loads(json.dumps(write_graph(graph))))
+    inp = torch.arange(-10.0, 10.0).reshape(5, 4)
+    torch.testing.assert_close(again(inp), compute(inp), rtol=0, atol=0, equal_nan=True)
+    assert [node.name for node in again.graph.nodes] == [node.name for node in graph.graph.nodes]
+
+
 def test_releasing_a_compiled_model_ends_the_child(
     model: MorphableModel,
     eager_counter: CompileCounterWithBackend,
@@ -735,6 +826,7 @@ def test_releasing_a_compiled_model_ends_the_child(
     assert held.closed
 
 
+@pytest.mark.timeout(300)  # seven compilations by Inductor
 def test_the_trainer_finds_what_a_child_process_has_compiled(
     library: MemoryLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from benchmarks.cases import (
     active,
     bandwidth,
     bank,
+    compiled,
     dormant,
     forge,
     isolated,
@@ -38,5 +39,6 @@ CASES = {
     "forge": Case(forge.trials),
     "bank": Case(bank.trials, bank.counts),
     "telemetry": Case(telemetry.trials, telemetry.counts),
+    "compile": Case(compiled.trials, compiled.counts),
     "bandwidth": Case(bandwidth.trials),  # the last one, as it changes how memory is allocated
 }

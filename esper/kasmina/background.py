@@ -111,6 +111,10 @@ class BackgroundVariants:
         self._jobs: dict[Variant, Future[None]] = {}
         self._told: set[Variant] = set()  # of which failure
 
+    @property
+    def num_pending(self) -> int:
+        return sum(not job.done() for job in self._jobs.values())
+
     def is_known(self, variant: Variant) -> bool:
         return variant in self._jobs
 

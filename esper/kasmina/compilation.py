@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 from esper.errors import EsperError
@@ -53,8 +54,9 @@ def compile(  # noqa: A001 - as torch.compile
     variants that the blocks of one class may have together; the last but one is warned of.
 
     Raises ``TypeError`` if the model is not wrapped, ``ValueError`` for an unknown block or option,
-    :class:`EsperError` for a model that is compiled already, for ``ahead`` without a library, and
-    for a torch without ``isolate_recompiles`` (before 2.13).
+    :class:`EsperError` for a model that is compiled already, for ``ahead`` without a library,
+    for ``"background"`` without Inductor's cache, and for a torch without ``isolate_recompiles``
+    (before 2.13).
     """
     if not isinstance(model, MorphableModel):
         raise TypeError(f"esper.compile expects a wrapped model, got {type(model).__name__}")
@@ -66,6 +68,11 @@ def compile(  # noqa: A001 - as torch.compile
     if on_germination == "background" and backend not in BACKENDS_ON_DISK:
         raise ValueError(
             f"on_germination='background' needs backend='inductor', got backend={backend!r}"
+        )
+    if on_germination == "background" and not torch._inductor.config.fx_graph_cache:
+        raise EsperError(
+            "on_germination='background' needs Inductor's cache on disk, which is turned off "
+            "(torch._inductor.config.fx_graph_cache)"
         )
     if recompile_limit < 2:
         raise ValueError(f"recompile_limit must be at least 2, got {recompile_limit}")

@@ -42,6 +42,7 @@ class BlockReport:
     num_recompiles: int  # calls after the first compiled one that compiled again
     stall_s: float  # seconds of those recompiles, in which training stood still
     runs_compiled: bool  # False until the first compile, and while it waits for one
+    num_pending: int  # variants of its class that are being compiled in the background
 
 
 class Blocks:
@@ -164,6 +165,7 @@ class CompiledBlock:
             self.num_recompiles,
             self.stall_s,
             self._has_run and self.runs_compiled,
+            0 if self.blocks.background is None else self.blocks.background.num_pending,
         )
 
     def _is_training(self) -> bool:
@@ -226,7 +228,7 @@ class CompiledBlock:
             self._run_copy(self._to_trace.popleft(), args, kwargs)
         self._is_in_cache = background.is_ready(variant)
         if self._is_in_cache:
-            return self._run(self.module, args, kwargs)
+            return self._run_from_cache(args, kwargs)
         error = background.take_failure(variant)
         if error is not None:
             logger.warning(
@@ -236,6 +238,16 @@ class CompiledBlock:
                 error,
             )
         return self.module._call_impl(*args, **kwargs)
+
+    def _run_from_cache(self, args: Any, kwargs: Any) -> Any:
+        misses = _num_cache_misses()
+        out = self._run(self.module, args, kwargs)
+        if _num_cache_misses() > misses:
+            logger.warning(
+                "block '%s': what was compiled in the background was not found in Inductor's cache",
+                self.name,
+            )
+        return out
 
     def _trace(
         self,
@@ -303,6 +315,10 @@ class CompiledBlock:
 
 def _num_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _num_cache_misses() -> int:
+    return int(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"])
 
 
 def _variant(form: Form, module: nn.Module, args: Any, kwargs: Any) -> Variant:

@@ -1,6 +1,6 @@
 """``esper.wrap``: planting seeds on a model, and the model that it becomes.
 
-Only the root's class is exchanged, for a cached subclass without a ``forward`` of its own, as
+Only the root's class is exchanged, for a cached subclass whose ``forward`` is the host's own, as
 FSDP2 does. The layers stay as they are until a seed germinates.
 """
 
@@ -286,6 +286,9 @@ def _morphable_class(host: type[nn.Module]) -> type[nn.Module]:
         "__module__": host.__module__,
         "__qualname__": f"Morphable{host.__qualname__}",
         WRAPPED_FROM: host,
+        # The host's own function. Found further up, it made dynamo guard on every class on the way
+        # that it is not there: five guards, 1 % of a compiled nn.Linear(128, 64).
+        "forward": host.forward,
     }
     return type(host.__name__, (MorphableModel, host), members)
 
