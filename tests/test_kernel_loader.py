@@ -1,8 +1,10 @@
 """Kernels prepared in the background: loads of one artifact merged, and warm when they come."""
 
 import copy
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import forge_samples as samples
 import pytest
@@ -14,7 +16,7 @@ from esper.contracts import KernelBundle, KernelStatus
 from esper.errors import ArtifactNotValidatedError
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.kernel import Kernel
-from esper.kasmina.loader import KernelLoader, warm_up
+from esper.kasmina.loader import KernelLoader, compute_alone, warm_up
 
 CPU = torch.device("cpu")
 THREADS = 4
@@ -143,6 +145,24 @@ def test_warming_up_runs_forward_and_backward(
     monkeypatch.setattr(Kernel, "call", recorded)
     warm_up(samples.kernel(samples.design(samples.Tied if training else samples.Stateful)), CPU)
     assert runs == [(training, True)]
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="OpenMP brings no helpers on a single core")
+def test_a_loading_thread_brings_no_threads_of_openmp() -> None:
+    """They would spin on the cores that the trainer computes on."""
+    kernel = samples.kernel(samples.design(samples.Tied))
+    threads = torch.get_num_threads()
+
+    def count_threads() -> int:
+        warm_up(kernel, CPU)
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+    counts = []
+    for initializer in (compute_alone, None):
+        with ThreadPoolExecutor(1, initializer=initializer) as pool:
+            counts.append(pool.submit(count_threads).result())
+    assert counts[0] < counts[1], "without it there are helpers"
+    assert torch.get_num_threads() == threads, "the trainer keeps its own"
 
 
 @pytest.mark.cuda

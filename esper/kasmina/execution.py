@@ -38,7 +38,7 @@ from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.handles import LayerHandles
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.loader import KernelLoader, KernelSource
+from esper.kasmina.loader import KernelLoader, KernelSource, compute_alone
 from esper.kasmina.observation import Observation
 from esper.kasmina.resume import KasminaRecord, TenancyRecord
 from esper.kasmina.seat import Seat
@@ -189,7 +189,9 @@ class Kasmina:
     def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
         """GERMINATED > LOADING: have the kernel prepared in the background. Training thread."""
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(_LOADER_THREADS, thread_name_prefix="esper-loader")
+            self._executor = ThreadPoolExecutor(
+                _LOADER_THREADS, thread_name_prefix="esper-loader", initializer=compute_alone
+            )
         if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
             tenancy.layer.await_kernel(tenancy.seed_idx)
         tenancy.prepared = self._executor.submit(
