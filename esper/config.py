@@ -44,15 +44,21 @@ class EvaluatorSettings(Contract):
     timeout_s: float = Field(default=60.0, gt=0)  # for which one candidate is waited for
     cpu_time_s: int = Field(default=30, gt=0)
     memory_limit_bytes: int = Field(default=8 * 2**30, gt=0)
+    scratch_limit_bytes: int = Field(default=2**28, ge=0)  # of a file that its loader unpacks
     log_limit_bytes: int = Field(default=2**16, ge=0)  # that a candidate may print
     answer_limit_bytes: int = Field(default=2**28, gt=0)  # of results, at a time
     niceness: int = Field(default=10, ge=0, le=19)
     lease_s: float = Field(default=60.0, gt=0)  # after which a silent evaluator is taken for lost
+    undecided_for_s: float = Field(default=600.0, gt=0)  # until another try at measuring
     poll_interval_s: float = Field(default=5.0, gt=0)  # between two looks at what waits
     batch_sizes: tuple[int, ...] = Field(default=(1, 7, 32), min_length=1)
     timed_batch_size: int = 32
-    timed_rounds: int = Field(default=30, ge=5)
-    seed: int = 0
+    timed_rounds: int = Field(default=30, ge=5)  # in a block, at the least
+    timed_block_s: float = Field(default=0.05, gt=0)  # that a block lasts, at the least
+    timed_blocks: int = Field(default=5, ge=3)
+    max_spread: float = Field(default=0.5, gt=0)  # of the blocks' medians; wider is UNDECIDED
+    measured_again: int = Field(default=2, ge=0)  # times, while the spread is wider
+    seed: int = 0  # of the cases that the report's numbers come from; others are drawn in secret
 
 
 class TamiyoSettings(Contract):

@@ -53,6 +53,7 @@ class KernelStatus(StrEnum):
     PENDING_BENCHMARKING = "PENDING_BENCHMARKING"
     VALIDATED = "VALIDATED"
     REJECTED = "REJECTED"
+    UNDECIDED = "UNDECIDED"  # right, but could not be measured well enough on this machine
 
 
 class Pipeline(StrEnum):
@@ -399,10 +400,16 @@ class Measurement(Contract):
     """Latencies of one kernel at one batch size, in microseconds, and its peak memory."""
 
     batch_size: int
+    forward_mean_us: float | None = None  # None in the reports of earlier versions, as below
     forward_p50_us: float
     forward_p99_us: float
+    forward_backward_mean_us: float | None = None
     forward_backward_p50_us: float
+    forward_backward_p99_us: float | None = None
     eager_forward_p50_us: float  # the same blueprint as plain eager PyTorch, interleaved
+    eager_forward_backward_p50_us: float | None = None
+    samples_per_s: float | None = None  # forward and backward, at the median
+    spread: float | None = None  # of the ratio to eager over blocks of rounds, by its median
     memory_bytes: int  # largest amount allocated at once during forward and backward
 
 
@@ -419,6 +426,8 @@ class UrabraskValidationReport(Contract):
     confidence: Confidence = Confidence.SPECULATIVE
     machine: str
     torch_version: str
+    sandbox: str = ""  # what held the candidate; empty if none was started
+    hidden_seed: int | None = None  # that the hidden cases were drawn from
 
 
 # ------------------------------------------------------------------------------------ messages

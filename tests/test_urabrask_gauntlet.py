@@ -1,44 +1,45 @@
-"""Honest kernels pass, and each way of being wrong fails the check that is there for it."""
+"""Reports say what was checked and measured; ``tests/test_zoo.py`` tries each way of being wrong."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from urabrask_artifacts import (
-    ACT,
-    INP,
-    SITE,
-    Artifact,
-    artifact,
-    batch_normed,
-    graph,
-    repacked,
-    residual_mlp,
-)
+from urabrask_artifacts import Artifact, batch_normed, residual_mlp
 
 from esper.config import EvaluatorSettings
 from esper.contracts import Confidence, KernelStatus, UrabraskValidationReport
 from esper.errors import ArtifactIntegrityError, ArtifactMismatchError
-from esper.urabrask.candidate import KERNEL_LOADER
 from esper.urabrask.gauntlet import Gauntlet
 from esper.urabrask.sandbox import Sandbox
 
 SETTINGS = EvaluatorSettings(
-    timeout_s=10.0, memory_limit_bytes=2 * 2**30, batch_sizes=(1, 7), timed_rounds=5
+    timeout_s=30.0,
+    memory_limit_bytes=2 * 2**30,
+    batch_sizes=(1, 7),
+    timed_rounds=5,
+    timed_block_s=0.01,
 )
 ALL_CHECKS = [
     "manifest",
     "graph",
     "loads",
+    "surroundings",
+    "threads",
     "runs",
     "output",
     "unmodified",
+    "bounds",
     "alias",
     "finite",
     "forward",
     "gradients",
+    "gradcheck",
     "deterministic",
+    "poisoned",
+    "stateless",
+    "second_backward",
+    "autocast",
+    "memory",
     "benchmark",
 ]
 
@@ -49,16 +50,16 @@ def sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
-def examine(
-    sandbox: Sandbox, specimen: Artifact, loader: str = KERNEL_LOADER
-) -> UrabraskValidationReport:
-    return Gauntlet(SETTINGS, sandbox, loader).run(*specimen)
+def examine(sandbox: Sandbox, specimen: Artifact) -> UrabraskValidationReport:
+    return Gauntlet(SETTINGS, sandbox).run(*specimen)
 
 
-def without_latencies(report: UrabraskValidationReport) -> dict[str, object]:
+def without_chance(report: UrabraskValidationReport) -> dict[str, object]:
     speeds = {"high_speed", "medium_speed", "low_speed"}
     tags = tuple(tag for tag in report.tags if tag not in speeds)
-    return report.model_copy(update={"measurement": None, "tags": tags}).model_dump()
+    checks = tuple(check for check in report.checks if check.name != "benchmark")
+    by_chance = {"measurement": None, "tags": tags, "checks": checks, "hidden_seed": None}
+    return report.model_copy(update=by_chance).model_dump()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
@@ -67,7 +68,8 @@ def test_honest_kernel_passes_every_check(sandbox: Sandbox, dtype: str) -> None:
     report = examine(sandbox, specimen)
 
     assert report.status is KernelStatus.VALIDATED
-    assert [check.name for check in report.checks] == ALL_CHECKS
+    checks = [name for name in ALL_CHECKS if dtype == "float32" or name != "autocast"]
+    assert [check.name for check in report.checks] == checks
     assert all(check.passed for check in report.checks)
     assert report.artifact_id == specimen[0].artifact_id
     assert report.tags[0] == "residual_mlp"
@@ -90,9 +92,7 @@ def test_measures_latency_and_memory(sandbox: Sandbox) -> None:
 
 def test_same_verdict_and_risk_when_evaluated_again(sandbox: Sandbox) -> None:
     specimen = residual_mlp()
-    assert without_latencies(examine(sandbox, specimen)) == without_latencies(
-        examine(sandbox, specimen)
-    )
+    assert without_chance(examine(sandbox, specimen)) == without_chance(examine(sandbox, specimen))
 
 
 def test_dropout_is_compared_in_evaluation_only(sandbox: Sandbox) -> None:
@@ -105,104 +105,6 @@ def test_buffers_of_batch_norm_are_compared(sandbox: Sandbox) -> None:
     report = examine(sandbox, batch_normed())
     assert report.status is KernelStatus.VALIDATED, report.checks[-1].reason
     assert report.confidence is Confidence.HIGH
-
-
-@pytest.mark.parametrize(
-    ("name", "check", "reason"),
-    [
-        ("fails_to_load", "loads", "raised ValueError: no such luck"),
-        ("loads_other_weights", "loads", "state.down__weight is not what the artifact's file"),
-        ("wrong_shape", "output", r"\(1, 3\) on cpu, expected torch.float32 \(1, 4\) on cpu"),
-        ("wrong_dtype", "output", "torch.float64"),
-        ("subclass", "output", "is a torch.nn.parameter.Parameter, expected a torch.Tensor"),
-        ("tuple_output", "output", "is a builtins.tuple"),
-        ("modifies_act", "unmodified", "act was modified by the call"),
-        ("modifies_parameter", "unmodified", "up__bias was modified by the call"),
-        ("returns_act", "alias", "shares its memory with act"),
-        ("nan_output", "finite", "1 of 4 elements of out are not finite"),
-        ("scaled", "forward", "out is wrong at . of 4 elements"),
-        ("one_element_off", "forward", r"out is wrong at 1 of 4 elements, by up to 1.00e-04"),
-        ("wrong_branch", "gradients", "grad.state.up__weight is wrong"),
-        ("wrong_gradient", "gradients", "grad.inp|grad.act"),
-        ("detached_parameter", "gradients", "grad.state.up__bias is missing"),
-        ("counts_calls", "deterministic", "out is different when run again"),
-        ("exits", "runs", "ended without an answer, exit status 0"),
-        ("segfaults", "runs", r"was killed by signal 11 \(Segmentation fault\)"),
-        ("dies_of_a_nameless_signal", "runs", r"was killed by signal 40 \("),
-        ("raises_nonsense", "runs", r"raised RuntimeError: \\ud800x"),
-        ("hogs_memory", "runs", "can't allocate memory"),
-        ("floods_stdout", "runs", "printed more than 65536 bytes"),
-        ("writes_files", "runs", "File too large"),
-        ("forges_an_answer", "runs", "without the nonce|sent more than an answer"),
-        ("talks_garbage", "runs", "sent a frame with a header of"),
-    ],
-)
-def test_broken_kernel_fails_the_right_check(
-    sandbox: Sandbox, name: str, check: str, reason: str
-) -> None:
-    report = examine(sandbox, residual_mlp(), f"urabrask_candidates:{name}")
-
-    assert report.status is KernelStatus.REJECTED
-    assert report.risk_score == 1.0
-    assert report.confidence is Confidence.SPECULATIVE
-    *before, last = report.checks
-    assert (last.name, last.passed) == (check, False), last.reason
-    assert all(passed.passed for passed in before)
-    assert re.search(reason, last.reason), last.reason
-
-
-@pytest.mark.parametrize(
-    ("specimen", "check", "reason"),
-    [
-        pytest.param(
-            artifact(*2 * (graph(("aten.log.default", (ACT,))),)),
-            "finite",
-            r"out is not finite in float64 on ordinary inputs \(batch 1, initial",
-            id="logarithm",
-        ),
-        pytest.param(
-            artifact(*2 * (graph(("aten.matmul.default", (INP, ACT))),)),
-            "runs",
-            "mat1 and mat2 shapes cannot be multiplied",
-            id="shapes that do not fit together",
-        ),
-        pytest.param(
-            artifact(*2 * (graph(("aten.relu.default", (INP,))),)),
-            "output",
-            r"\(1, 6\) on cpu, expected torch.float32 \(1, 4\)",
-            id="shape of the input",
-        ),
-    ],
-)
-def test_bad_artifact_fails_the_right_check(
-    sandbox: Sandbox, specimen: Artifact, check: str, reason: str
-) -> None:
-    report = examine(sandbox, specimen)
-    assert report.status is KernelStatus.REJECTED
-    assert report.checks[-1].name == check
-    assert re.search(reason, report.checks[-1].reason), report.checks[-1].reason
-
-
-def test_forbidden_operator_is_rejected_unseen(sandbox: Sandbox) -> None:
-    manifest, files = residual_mlp()
-    text = files["graph.json"].replace(b"aten.gelu.default", b"aten.nonzero.default")
-    report = examine(sandbox, repacked((manifest, files), {"graph.json": text}))
-    assert report.checks[-1].name == "graph"
-    assert "aten.nonzero.default" in report.checks[-1].reason
-
-
-def test_manifest_must_state_what_the_graph_takes(sandbox: Sandbox) -> None:
-    manifest, files = residual_mlp()
-    wider = SITE.model_copy(update={"inp_shape": (None, 8)})
-    report = examine(sandbox, (manifest.model_copy(update={"site": wider}), files))
-    assert report.checks[-1].name == "graph"
-    assert "the manifest says" in report.checks[-1].reason
-
-    report = examine(sandbox, (manifest.model_copy(update={"num_parameters": 1}), files))
-    assert "parameters, the manifest says 1" in report.checks[-1].reason
-
-    report = examine(sandbox, (manifest.model_copy(update={"dtype": "int8"}), files))
-    assert (report.checks[-1].name, report.checks[-1].passed) == ("manifest", False)
 
 
 def test_tampered_files_are_refused_without_a_verdict(sandbox: Sandbox) -> None:

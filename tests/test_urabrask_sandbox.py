@@ -9,18 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from urabrask_artifacts import residual_mlp
+import zoo
 
 from esper.config import EvaluatorSettings
 from esper.contracts import KernelStatus
 from esper.errors import WorkerError
-from esper.urabrask.candidate import KERNEL_LOADER
 from esper.urabrask.gauntlet import Gauntlet
 from esper.urabrask.sandbox import Sandbox
 
-SETTINGS = EvaluatorSettings(timeout_s=1.5, batch_sizes=(7,), timed_rounds=5)
+SETTINGS = EvaluatorSettings(
+    timeout_s=60.0,
+    cpu_time_s=4,
+    batch_sizes=(7,),
+    timed_rounds=5,
+    timed_block_s=0.01,
+    timed_blocks=3,
+)
+TESTS = Path(__file__).parent
 HOSTILE = [
-    "endless_loop",
+    "loops_forever",
     "exits",
     "segfaults",
     "floods_stdout",
@@ -37,19 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sandbox(folder: Path) -> Iterator[Sandbox]:
-    with pytest.MonkeyPatch.context() as patch, Sandbox(SETTINGS) as sandbox:
+    with pytest.MonkeyPatch.context() as patch, Sandbox(SETTINGS, (TESTS,)) as sandbox:
         patch.setattr(tempfile, "tempdir", str(folder))
         yield sandbox
 
 
 def reason(sandbox: Sandbox, name: str, settings: EvaluatorSettings = SETTINGS) -> str:
-    report = Gauntlet(settings, sandbox, f"urabrask_candidates:{name}").run(*residual_mlp())
+    _, artifact, loader = zoo.specimen("hostile", name)
+    report = Gauntlet(settings, sandbox, loader).run(*artifact)
     assert report.status is KernelStatus.REJECTED
     return report.checks[-1].reason
 
 
 def judge_honest(sandbox: Sandbox) -> KernelStatus:
-    return Gauntlet(SETTINGS, sandbox, KERNEL_LOADER).run(*residual_mlp()).status
+    _, artifact, loader = zoo.specimen("honest", "residual_mlp")
+    return Gauntlet(SETTINGS, sandbox, loader).run(*artifact).status
 
 
 def descendants(pid: int) -> list[int]:
@@ -61,15 +70,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", ["endless_loop", "sleeper"])
-def test_wall_time_is_limited(sandbox: Sandbox, name: str) -> None:
-    assert "took more than 1.5 s" in reason(sandbox, name)
+def test_wall_time_is_limited() -> None:
+    settings = SETTINGS.model_copy(update={"timeout_s": 2.0})
+    with Sandbox(settings, (TESTS,)) as sandbox:
+        assert "took more than 2 s" in reason(sandbox, "sleeps", settings)
 
 
 def test_cpu_time_is_limited() -> None:
-    settings = SETTINGS.model_copy(update={"timeout_s": 20.0, "cpu_time_s": 1})
-    with Sandbox(settings) as sandbox:
-        assert "used more than 1 s of CPU time" in reason(sandbox, "endless_loop", settings)
+    settings = SETTINGS.model_copy(update={"cpu_time_s": 1})
+    with Sandbox(settings, (TESTS,)) as sandbox:
+        assert "used more than 1 s of CPU time" in reason(sandbox, "loops_forever", settings)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -77,7 +87,7 @@ def test_nothing_is_left_of_a_candidate(sandbox: Sandbox, folder: Path, name: st
     judge_honest(sandbox)  # so that the fork server runs
     before = descendants(os.getpid())
 
-    Gauntlet(SETTINGS, sandbox, f"urabrask_candidates:{name}").run(*residual_mlp())
+    reason(sandbox, name)
 
     assert descendants(os.getpid()) == before
     assert judge_honest(sandbox) is KernelStatus.VALIDATED
@@ -85,7 +95,9 @@ def test_nothing_is_left_of_a_candidate(sandbox: Sandbox, folder: Path, name: st
 
 
 def test_a_fork_server_that_was_killed_is_replaced(sandbox: Sandbox) -> None:
-    assert "was killed by signal 9" in reason(sandbox, "kills_its_server")
+    judge_honest(sandbox)
+    [server] = descendants(os.getpid())
+    os.kill(server, signal.SIGKILL)
     assert judge_honest(sandbox) is KernelStatus.VALIDATED
 
 
@@ -99,8 +111,8 @@ def test_a_candidate_inherits_nothing(sandbox: Sandbox, monkeypatch: pytest.Monk
 def test_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = descendants(os.getpid())
-    with Sandbox(SETTINGS) as sandbox:
-        assert "was killed by signal 9" in reason(sandbox, "kills_its_server")
+    with Sandbox(SETTINGS, (TESTS,)) as sandbox:
+        assert "was killed by signal 11" in reason(sandbox, "segfaults")
         assert judge_honest(sandbox) is KernelStatus.VALIDATED
     assert descendants(os.getpid()) == before
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +121,10 @@ def test_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_sandbox_that_cannot_confine_is_no_verdict() -> None:
     """It is not the artifact's fault that there is no such limit."""
     settings = SETTINGS.model_copy(update={"memory_limit_bytes": 2**70})
-    with Sandbox(settings) as sandbox, pytest.raises(WorkerError, match=r"(?s)without.*Overflow"):
+    with (
+        Sandbox(settings, (TESTS,)) as sandbox,
+        pytest.raises(WorkerError, match=r"(?s)without.*Overflow"),
+    ):
         reason(sandbox, "exits", settings)
 
 

@@ -15,6 +15,7 @@ from esper.kasmina.background import BackgroundCompiler
 from esper.kasmina.compiled_block import Blocks, CompiledBlock, OnGermination
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.morph import own_class
+from esper.kasmina.seats import SEATS
 
 logger = logging.getLogger(__name__)
 

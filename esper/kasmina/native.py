@@ -19,7 +19,6 @@ from esper.contracts import NativeTarget
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _lock = threading.Lock()
-_staged: dict[str, tempfile.TemporaryDirectory[str]] = {}  # by digest of the library
 _loaded: dict[tuple[str, str], "Library"] = {}  # by digest and device
 
 
@@ -52,16 +51,6 @@ def mismatch(built_for: NativeTarget, device: str) -> str | None:
     return None
 
 
-def stage(data: bytes) -> None:
-    """Write a library to disk, from where :func:`load` will take it. Any thread.
-
-    For a process that must not write any more once foreign code runs in it.
-    """
-    digest = hashlib.sha256(data).hexdigest()
-    with _lock:
-        _stage(digest, data)
-
-
 def load(data: bytes, device: torch.device) -> Library:
     """Return the library with these bytes, which are the caller's to verify. Any thread.
 
@@ -72,19 +61,12 @@ def load(data: bytes, device: torch.device) -> Library:
     key = (digest, str(device))
     with _lock:
         if key not in _loaded:
-            with _stage(digest, data) as folder:
-                del _staged[digest]
-                _loaded[key] = _open(Path(folder) / f"{digest}.so", device)
+            # A fresh name each time: the dynamic linker takes equal paths for equal files.
+            with tempfile.TemporaryDirectory(prefix="esper-native-") as folder:
+                path = Path(folder) / f"{digest}.so"
+                path.write_bytes(data)
+                _loaded[key] = _open(path, device)
         return _loaded[key]
-
-
-def _stage(digest: str, data: bytes) -> tempfile.TemporaryDirectory[str]:
-    """Write to a folder of a fresh name: the dynamic linker takes equal paths for equal files."""
-    if digest not in _staged:
-        folder = tempfile.TemporaryDirectory(prefix="esper-native-")
-        (Path(folder.name) / f"{digest}.so").write_bytes(data)
-        _staged[digest] = folder
-    return _staged[digest]
 
 
 def _open(path: Path, device: torch.device) -> Library:

@@ -4,93 +4,56 @@ Everything here shares its process with the kernel under test and therefore prov
 it. It returns raw results, and the evaluator draws the conclusions.
 """
 
-import gc
 import importlib
 import platform
 import resource
 import socket
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
 
-import esper.kasmina.native as native
+import esper.urabrask.seccomp as seccomp
+import esper.urabrask.stopwatch as stopwatch
+import esper.urabrask.wire as wire
 from esper.contracts import Contract, KernelManifest
 from esper.errors import ArtifactError
-from esper.kasmina.compiled import LIBRARY_FILES
 from esper.kasmina.kernel import Kernel
-from esper.urabrask import wire
-
-KERNEL_LOADER = "esper.kasmina.compiled:build"
+from esper.urabrask.guarded import Guarded, guard, poisoned_memory
+from esper.urabrask.questions import (
+    Held,
+    HoldQuestion,
+    Loaded,
+    LoadQuestion,
+    Prepared,
+    PrepareQuestion,
+    Ran,
+    Ready,
+    RunQuestion,
+    Timed,
+    TimeQuestion,
+    freshened,
+)
+from esper.urabrask.surroundings import Surroundings
 
 _QUESTION_LIMIT_BYTES = 2**32
-_WARMUP_ROUNDS = 3
+_HARNESS = (wire, stopwatch, sys.modules[__name__])
+_OUTPUTS_KEPT = 4  # in which a later output must not lie
 
 Tensors = dict[str, Tensor]
-Microseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class LoadQuestion(Contract):
-    """Carries the artifact's files as ``file.<name>``; answered with the ``state.<name>``."""
+def serve(channel: socket.socket, key: bytes, *, writes: bool) -> None:
+    """Answer questions until the channel is closed; an exception of the kernel is an answer.
 
-    do: Literal["load"] = "load"
-    loader: str = KERNEL_LOADER  # "module:function" with the arguments of Kernel.build
-    manifest: KernelManifest
-
-
-class RunQuestion(Contract):
-    """One forward and backward, on ``inp``, ``act`` and ``grad_out``.
-
-    ``act`` may be wider than the kernel's channels; the kernel is given its first channels, laid
-    out as a layer lays out the chunk of a seed. Tensors ``state.<name>`` replace the values of
-    parameters and buffers first.
+    ``key`` seals the answers. ``writes``: whether files may be opened for writing, where Landlock
+    lets them.
     """
-
-    do: Literal["run"] = "run"
-    training: bool
-
-
-class TimeQuestion(Contract):
-    """Forward and backward of kernel and eager baseline in turn, on tensors as in a run."""
-
-    do: Literal["time"] = "time"
-    rounds: int
-
-
-class Ready(Contract):
-    """Answers ``{"do": "ready"}``, by which a candidate shows that it has come to life."""
-
-
-class Loaded(Contract):
-    device_name: str
-
-
-class Ran(Contract):
-    """Comes with ``out``, with those of ``grad.inp``, ``grad.act`` and ``grad.state.<parameter>``
-    that exist, and with ``after.<name>`` for everything that the kernel was given."""
-
-    out_type: str  # qualified name of the class
-    out_device: str
-    out_shares_memory_with: tuple[str, ...] = ()
-
-
-class Timed(Contract):
-    """Microseconds of each round. Forward includes the recording of the autograd graph."""
-
-    forward_us: tuple[Microseconds, ...]
-    forward_backward_us: tuple[Microseconds, ...]
-    eager_forward_us: tuple[Microseconds, ...]
-    memory_bytes: int = Field(ge=0)
-
-
-def serve(channel: socket.socket) -> None:
-    """Answer questions until the channel is closed; an exception of the kernel is an answer."""
     stream = channel.makefile("rb")
-    bench = _Bench()
+    bench = _Bench(writes)
 
     def read_exactly(size: int) -> bytes:
         data = stream.read(size)
@@ -105,9 +68,10 @@ def serve(channel: socket.socket) -> None:
             return
         try:
             answer, tensors = bench.answer(question.header, question.tensors)
-            frame = wire.pack(question.nonce, answer.model_dump(), tensors)
+            frame = wire.seal(key, question.nonce, answer.model_dump(), tensors)
         except Exception as error:
-            frame = wire.pack(question.nonce, {"error": f"{type(error).__name__}: {error}"}, {})
+            what = {"error": f"{type(error).__name__}: {error}"}
+            frame = wire.seal(key, question.nonce, what, {})
         channel.sendall(frame)
 
 
@@ -118,71 +82,156 @@ class _Bench:
     _eager: nn.Module  # the flat eager program of the same graph
     _manifest: KernelManifest
 
+    def __init__(self, writes: bool) -> None:
+        self._writes = writes
+        self._guards: dict[str, Guarded] = {}
+        self._memories: dict[str, Guarded] = {}  # of the last run
+        self._outputs: list[Tensor] = []
+
     def answer(self, header: dict[str, Any], tensors: Tensors) -> tuple[Contract, Tensors]:
         match header["do"]:
             case "ready":
                 return Ready(), {}
+            case "prepare":
+                return self._prepare(PrepareQuestion.model_validate(header))
             case "load":
                 return self._load(LoadQuestion.model_validate(header), tensors)
             case "run":
                 return self._run(RunQuestion.model_validate(header), tensors)
             case "time":
                 return self._time(TimeQuestion.model_validate(header), tensors)
+            case "hold":
+                return self._hold(HoldQuestion.model_validate(header), tensors)
             case unknown:
                 raise ValueError(f"unknown question {unknown!r}")
 
-    def _load(self, question: LoadQuestion, tensors: Tensors) -> tuple[Loaded, Tensors]:
+    def _prepare(self, question: PrepareQuestion) -> tuple[Prepared, Tensors]:
         torch.backends.cudnn.allow_tf32 = False  # the reference is float64
+        # The threads of autograd and of the profiler are not to be laid at the kernel's door.
+        probe = torch.ones(1, device=question.device, requires_grad=True)
+        stopwatch.peak_memory(lambda: probe.sum().backward())
+        seccomp.confine(writes=self._writes)
+        return Prepared(device_name=_device_name(question.device)), {}
+
+    def _load(self, question: LoadQuestion, tensors: Tensors) -> tuple[Loaded, Tensors]:
         files = {name.removeprefix("file."): wire.as_bytes(t) for name, t in tensors.items()}
         self._manifest = question.manifest
-        _write_libraries(files)
-        self._kernel = _resolve(question.loader)(self._manifest, files).to(self._manifest.device)
+        self._eager = Kernel.build(self._manifest, files).to(self._manifest.device)
+        load = _resolve(question.loader)
+        surroundings = Surroundings(_HARNESS)
+        self._kernel = load(self._manifest, files).to(self._manifest.device)
         if self._manifest.native and getattr(self._kernel, "compiled", None) is None:
             raise ArtifactError("its machine code was not loaded")
-        self._eager = Kernel.build(self._manifest, files).to(self._manifest.device)
-        return Loaded(device_name=_device_name(self._manifest.device)), self._state()
+        # A loader may unpack files into the scratch folder; nobody else writes any.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        state = {name: tensor.clone() for name, tensor in self._state().items()}
+        self._guards = guard(self._kernel)
+        guard(self._eager)  # timed against each other, both are to have the same kind of memory
+        return Loaded(changed=surroundings.changed()), state
 
     def _run(self, question: RunQuestion, tensors: Tensors) -> tuple[Ran, Tensors]:
         self._kernel.train(question.training)
         self._replace_state(tensors)
-        call = _Call(self._place(tensors), self._manifest)
-        out = self._kernel(call.inp, call.act)
-        if type(out) is not Tensor:
-            return Ran(out_type=_type_name(out), out_device=""), {}
-        gradients = call.gradients(out, self._parameters())
+        call = self._call(tensors, question)
+        torch.manual_seed(question.random_seed)
+        surroundings = Surroundings(_HARNESS)
+        with ExitStack() as stack:
+            if question.poisoned:
+                stack.enter_context(poisoned_memory())
+            out, gradients, again, refusal = self._forward_and_backward(call, question)
+        changed = surroundings.changed()
+        if type(out) is not Tensor or out.layout is not torch.strided:
+            return Ran(out_type=_type_name(out), out_device="", changed=changed), {}
         given = call.given | self._state()
         answer = Ran(
             out_type=_type_name(out),
             out_device=out.device.type,
-            out_shares_memory_with=_sharing(out, given),
+            out_strides=out.stride(),
+            out_shares_memory_with=_sharing(out, given, self._outputs),
+            overrun=_overrun(self._memories | self._guards),
+            changed=changed,
+            second_backward=refusal,
         )
+        self._outputs = [*self._outputs, out][-_OUTPUTS_KEPT:]
         after = {f"after.{name}": tensor for name, tensor in given.items()}
-        return answer, {"out": out} | gradients | after
+        return answer, {"out": out} | gradients | again | after
+
+    def _forward_and_backward(
+        self, call: "_Call", question: RunQuestion
+    ) -> tuple[object, Tensors, Tensors, str]:
+        """Return output, gradients, those of a second backward, and why it was refused."""
+        device = self._manifest.device
+        with torch.autocast(device, torch.bfloat16, enabled=question.autocast):
+            out = self._kernel(call.inp, call.act)
+        if type(out) is not Tensor or out.layout is not torch.strided:
+            return out, {}, {}, ""
+        parameters = self._parameters()
+        gradients = call.gradients(out, parameters)
+        if not question.twice:
+            return out, gradients, {}, ""
+        try:
+            again = call.gradients(out, parameters)
+        except RuntimeError as error:  # as autograd itself refuses it
+            return out, gradients, {}, str(error) or "refused"
+        return out, gradients, {f"again.{name}": grad for name, grad in again.items()}, ""
 
     def _time(self, question: TimeQuestion, tensors: Tensors) -> tuple[Timed, Tensors]:
-        self._kernel.train()
-        self._eager.train()
-        call = _Call(self._place(tensors), self._manifest)
-        parameters = self._parameters()
-
-        def forward() -> Tensor:
-            out: Tensor = self._kernel(call.inp, call.act)
-            return out
-
-        def eager_forward() -> None:
-            self._eager(call.inp, call.act)
-
-        def forward_backward() -> None:
-            call.gradients(forward(), parameters)
-
-        forward_us, eager_forward_us = _in_turn((forward, eager_forward), question.rounds)
-        [forward_backward_us] = _in_turn((forward_backward,), question.rounds)
+        call, kept = self._timed_call(question, tensors)
+        forward, both = self._rounds(self._kernel, call, kept.offer)
+        eager_forward, eager_both = self._rounds(self._eager, call, _forget)
+        surroundings = Surroundings(_HARNESS)
+        forward_us, eager_forward_us = stopwatch.in_turn(
+            (forward, eager_forward), question.rounds, kept.before
+        )
+        forward_backward_us, eager_forward_backward_us = stopwatch.in_turn(
+            (both, eager_both), question.rounds, kept.before
+        )
+        peak = stopwatch.peak_memory(both) if question.profiled else 0
         return Timed(
             forward_us=forward_us,
-            eager_forward_us=eager_forward_us,
             forward_backward_us=forward_backward_us,
-            memory_bytes=_peak_memory(forward_backward),
-        ), {}
+            eager_forward_us=eager_forward_us,
+            eager_forward_backward_us=eager_forward_backward_us,
+            memory_bytes=peak,
+            changed=surroundings.changed(),
+        ), {"out": kept.out}
+
+    def _hold(self, question: HoldQuestion, tensors: Tensors) -> tuple[Held, Tensors]:
+        call, kept = self._timed_call(TimeQuestion(rounds=question.rounds, kept_round=-1), tensors)
+        _, forward_and_backward = self._rounds(self._kernel, call, _forget)
+        for index in range(question.rounds):
+            kept.before(index)
+            forward_and_backward()
+        allocated_bytes, python_blocks = stopwatch.held()
+        return Held(allocated_bytes=allocated_bytes, python_blocks=python_blocks), {}
+
+    def _timed_call(self, question: TimeQuestion, tensors: Tensors) -> tuple["_Call", "_Kept"]:
+        self._kernel.train()
+        self._eager.train()
+        self._replace_state(tensors)
+        call = self._call(tensors, RunQuestion(training=True, random_seed=0))
+        return call, _Kept(call, question.kept_round)
+
+    def _rounds(
+        self, kernel: nn.Module, call: "_Call", offer: Callable[[Tensor], None]
+    ) -> tuple[stopwatch.Round, stopwatch.Round]:
+        """Return a forward, and a forward with backward."""
+        parameters = {f"state.{name}": p for name, p in kernel.named_parameters()}
+
+        def forward() -> None:
+            offer(kernel(call.inp, call.act))
+
+        def forward_and_backward() -> None:
+            call.gradients(kernel(call.inp, call.act), parameters)
+
+        return forward, forward_and_backward
+
+    def _call(self, tensors: Tensors, question: RunQuestion) -> "_Call":
+        memories = self._memories if question.same_memory else {}
+        placed = {name: tensor.to(self._manifest.device) for name, tensor in tensors.items()}
+        call = _Call(placed, self._manifest, memories, strided=question.strided)
+        self._memories = call.memories
+        return call
 
     def _state(self) -> Tensors:
         named = (*self._kernel.named_parameters(), *self._kernel.named_buffers())
@@ -197,27 +246,36 @@ class _Bench:
                 if name in tensors:
                     tensor.copy_(tensors[name])
 
-    def _place(self, tensors: Tensors) -> Tensors:
-        return {name: tensor.to(self._manifest.device) for name, tensor in tensors.items()}
-
-
-def _write_libraries(files: Mapping[str, bytes]) -> None:
-    """Write what has to be on disk to be loaded; this process may write to no file from then on."""
-    for name in LIBRARY_FILES:
-        if name in files:
-            native.stage(files[name])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
 
 class _Call:
     """The tensors of one call, as a layer would hand them over: part of an autograd graph."""
 
-    def __init__(self, tensors: Tensors, manifest: KernelManifest) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        manifest: KernelManifest,
+        memories: Mapping[str, Guarded],
+        *,
+        strided: bool,
+    ) -> None:
         site = manifest.site
-        self.given = {name: _non_leaf(tensors[name]) for name in ("inp", "act")}
+        self.memories = {
+            name: _memory(memories.get(name), tensors[name], strided=strided and name == "inp")
+            for name in ("inp", "act")
+        }
+        self.given = {
+            name: _non_leaf(tensors[name], memory) for name, memory in self.memories.items()
+        }
         self.inp = self.given["inp"]
         self.act = self.given["act"].narrow(site.channel_dim, 0, site.act_channels)
+        self._fresh_inp = tensors["inp"]
         self._grad_out = tensors["grad_out"]
+
+    def freshen(self, factor: float) -> None:
+        """Give the input other numbers, in the same memory."""
+        if self.inp.is_floating_point():
+            with torch.no_grad():
+                torch.mul(self._fresh_inp.detach(), factor, out=self.inp.detach())
 
     def gradients(self, out: Tensor, parameters: Mapping[str, Tensor]) -> Tensors:
         """Return the gradients that exist, by name: none for an output that cannot be right."""
@@ -230,72 +288,56 @@ class _Call:
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def _non_leaf(tensor: Tensor) -> Tensor:
+class _Kept:
+    """Freshens the input before each call, and keeps the output of one round."""
+
+    def __init__(self, call: _Call, kept_round: int) -> None:
+        self._call = call
+        self._kept_round = kept_round
+        self._round = -1
+        self.out = torch.empty(0)
+
+    def before(self, index: int) -> None:
+        self._round = index
+        self._call.freshen(freshened(index))
+
+    def offer(self, out: Tensor) -> None:
+        if self._round == self._kept_round:
+            self.out = out
+
+
+def _forget(out: Tensor) -> None:
+    """Offer an output to nobody, at the same price."""
+
+
+def _memory(earlier: Guarded | None, like: Tensor, *, strided: bool) -> Guarded:
+    if earlier is not None and earlier.fits(like, strided=strided):
+        return earlier
+    return Guarded(like, strided=strided)
+
+
+def _non_leaf(tensor: Tensor, memory: Guarded) -> Tensor:
     """Autograd refuses to modify leaves in place; a kernel must not get away with it elsewhere."""
-    if not tensor.is_floating_point():
-        return tensor.clone()
-    return tensor.requires_grad_().clone()
+    source = tensor.requires_grad_() if tensor.is_floating_point() else tensor
+    return memory.tensor().copy_(source)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
-def _sharing(out: Tensor, others: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _sharing(out: Tensor, given: Mapping[str, Tensor], outputs: list[Tensor]) -> tuple[str, ...]:
+    if out.numel() == 0:
+        return ()
     storage = out.untyped_storage().data_ptr()
-    return tuple(name for name, t in others.items() if t.untyped_storage().data_ptr() == storage)
+    shared = [name for name, t in given.items() if t.untyped_storage().data_ptr() == storage]
+    if any(earlier.untyped_storage().data_ptr() == storage for earlier in outputs):
+        shared.append("an earlier output")
+    return tuple(shared)
 
 
-def _in_turn(functions: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, ...]]:
-    """Time the functions in turn, so that whatever slows the machine down hits all alike.
-
-    Every other round goes backwards, since it matters who ran before.
-    """
-    samples: list[list[float]] = [[] for _ in functions]
-    order = list(zip(functions, samples, strict=True))
-    for function in tuple(functions) * _WARMUP_ROUNDS:
-        function()
-    gc.disable()
-    for _ in range(rounds):
-        for function, series in order:
-            series.append(_microseconds(function))
-        order.reverse()
-    gc.enable()
-    return [tuple(series) for series in samples]
-
-
-def _microseconds(function: Callable[[], object]) -> float:
-    _synchronize()
-    started = time.perf_counter_ns()
-    function()
-    _synchronize()
-    return (time.perf_counter_ns() - started) / 1000
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def _peak_memory(function: Callable[[], object]) -> int:
-    """Return the most bytes that ``function`` holds at once, as the allocator counts them.
-
-    Beyond what was there before: inputs and parameters do not count, the output, everything
-    saved for backward, temporaries and gradients do.
-    """
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(profile_memory=True) as profiler:
-        function()
-    held = peak = 0
-    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+def _overrun(memories: Mapping[str, Guarded]) -> tuple[str, ...]:
+    return tuple(name for name, memory in memories.items() if memory.overrun())
 
 
 def _resolve(path: str) -> Callable[..., Any]:
@@ -310,5 +352,7 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
 
 
-def _type_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _type_name(value: Any) -> str:
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    plain = getattr(value, "layout", torch.strided) is torch.strided
+    return name if plain else f"{name} of layout {value.layout}"

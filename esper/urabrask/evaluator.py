@@ -12,6 +12,7 @@ from esper.contracts import (
     KernelCharacterized,
     KernelReady,
     KernelStatement,
+    KernelStatus,
     Topic,
     UrabraskValidationReport,
 )
@@ -85,7 +86,8 @@ class Urabrask:
         """Evaluate what waits in the library and what is announced as ready, until the bus closes.
 
         Without a bus it returns when nothing waits any more. A kernel that cannot be judged stays
-        PENDING_BENCHMARKING, and one log line says why; it is tried again when its lease ran out.
+        PENDING_BENCHMARKING, and one log line says why; it is tried again when its lease ran out, and
+        one that is UNDECIDED when its own, longer one did.
         When the bus closes, the verdict at hand is finished; cancellation gives the kernel back.
         """
         if self._bus is None:
@@ -171,7 +173,7 @@ class Urabrask:
 
     async def _evaluate_leased(self, artifact_id: str) -> None:
         try:
-            await while_leased(
+            report = await while_leased(
                 self.evaluate(artifact_id),
                 lambda lease_s: self._urza.renew_kernel_lease(artifact_id, self.owner, lease_s),
                 self._settings.lease_s,
@@ -179,7 +181,11 @@ class Urabrask:
         except (asyncio.CancelledError, LibraryError, MachineError, OSError):
             await self._give_back(artifact_id)
             raise
-        await self._give_back(artifact_id)
+        if report.status is not KernelStatus.UNDECIDED:
+            await self._give_back(artifact_id)
+            return
+        again_in_s = self._settings.undecided_for_s  # until then nobody else need try, either
+        await asyncio.to_thread(self._urza.renew_kernel_lease, artifact_id, self.owner, again_in_s)
 
     async def _give_back(self, artifact_id: str) -> None:
         try:

@@ -1,24 +1,46 @@
 """One candidate on the bench: it is asked, case by case, and its answers are checked."""
 
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from esper.config import EvaluatorSettings
-from esper.contracts import Contract, Measurement
+from esper.contracts import Check, Contract, Measurement
 from esper.urabrask import checks, wire
-from esper.urabrask.candidate import Loaded, LoadQuestion, Ran, RunQuestion, Timed, TimeQuestion
 from esper.urabrask.checks import Trial
-from esper.urabrask.inputs import Case, Draw, cases, draw, generator, perturbed
+from esper.urabrask.inputs import (
+    Case,
+    Draw,
+    cases,
+    draw,
+    generator,
+    hidden_cases,
+    perturbed,
+)
 from esper.urabrask.judge import first_difference
 from esper.urabrask.ledger import Ledger, passed
+from esper.urabrask.measurement import Benchmark, ImplausibleError
 from esper.urabrask.oracle import Oracle, Results
-from esper.urabrask.sandbox import AnswerT, Candidate, CandidateError
+from esper.urabrask.questions import (
+    Held,
+    HoldQuestion,
+    Loaded,
+    LoadQuestion,
+    Prepared,
+    PrepareQuestion,
+    Ran,
+    RunQuestion,
+    Timed,
+    TimeQuestion,
+    freshened,
+)
+from esper.urabrask.sandbox import AnswerT, BreakoutError, Candidate, CandidateError
+
+_HOLD_BLOCKS = 5
+_HOLD_ROUNDS = 32
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,7 @@ class Findings:
     """What is known of a kernel that passed every check."""
 
     measurement: Measurement
+    decided: bool  # whether the measurement is worth deciding by
     random_training: bool
     given_bytes: int  # of inputs and parameters, at the measured batch size
     device_name: str
@@ -35,82 +58,206 @@ class Examination:
     """Every method may raise ``RejectedError``; the ledger then says why."""
 
     def __init__(
-        self, settings: EvaluatorSettings, oracle: Oracle, candidate: Candidate, ledger: Ledger
+        self,
+        settings: EvaluatorSettings,
+        oracle: Oracle,
+        candidate: Candidate,
+        ledger: Ledger,
+        hidden_seed: int,
     ) -> None:
         self._settings = settings
         self._manifest = oracle.manifest
         self._oracle = oracle
         self._candidate = candidate
         self._ledger = ledger
+        self._hidden_seed = hidden_seed
         self._perturbed = perturbed(oracle.state, oracle.parameters, self._random("parameters"))
+        self._random_training = self._trains_at_random()
+        self._threads = 0
 
     def conduct(self, files: Mapping[str, bytes], loader: str) -> Findings:
         device_name = self._load(files, loader)
-        random_training = self._trains_at_random()
-        self._repeat(self._try_all(random_training))
-        timed = Case(self._settings.timed_batch_size, perturbed=True, training=True)
-        given = self._draw(timed, chunk=False)
+        tried = self._try_all(cases(self._settings.batch_sizes, self._oracle.trains_differently))
+        last = next(trial for trial in reversed(tried) if not trial.case.training)
+        self._check_reference(next(trial for trial in tried if trial.case.perturbed))
+        self._repeat(tried, last)
+        self._try_all(hidden_cases(self._random("hidden cases", hidden=True)))
+        self._try_in_other_ways(last)
+        self._watch_memory()
+        benchmark, given = self._measure()
+        self._ask_once_more(last, "after it was timed")
         return Findings(
-            measurement=self._measure(given),
-            random_training=random_training,
+            measurement=benchmark.measurement(),
+            decided=benchmark.decided,
+            random_training=self._random_training,
             given_bytes=self._given_bytes(given),
             device_name=device_name,
         )
 
     def _load(self, files: Mapping[str, bytes], loader: str) -> str:
         """Return the name of the device that the candidate runs on."""
-        question = LoadQuestion(loader=loader, manifest=self._manifest)
+        question = PrepareQuestion(device=self._manifest.device)
+        prepared, _ = self._ask("loads", question, {}, Prepared)
+        self._threads = self._candidate.threads()
+        question_ = LoadQuestion(loader=loader, manifest=self._manifest)
         contents = {f"file.{name}": wire.as_tensor(data) for name, data in files.items()}
-        loaded, state = self._ask("loads", question, contents, Loaded)
+        loaded, state = self._ask("loads", question_, contents, Loaded)
         if name := first_difference(state, _state_tensors(self._oracle.state)):
             self._ledger.reject("loads", f"{name} is not what the artifact's file holds")
         self._ledger.enter(passed("loads", "with the weights that the artifact holds"))
-        return loaded.device_name
+        self._check_process(loaded.changed, may_draw=False, when="while it was loaded")
+        return prepared.device_name
 
-    def _try_all(self, random_training: bool) -> Trial:
-        """Return a trial for a repetition: in evaluation mode, or of machine code, which trains."""
-        for case in cases(self._settings.batch_sizes, self._oracle.trains_differently):
-            trial = self._try(case, compared=not (case.training and random_training))
-            if not case.training or self._manifest.native is not None:
-                last = trial
-        return last
+    def _try_all(self, tried: Iterable[Case]) -> list[Trial]:
+        return [self._try(case) for case in tried]
 
-    def _try(self, case: Case, *, compared: bool) -> Trial:
+    def _try(self, case: Case) -> Trial:
         given = self._draw(case, chunk=case.perturbed)
         trial = self._run("runs", case, given)
         self._ledger.enter(passed("runs", "forward and backward, without an error"))
-        self._ledger.enter(checks.check_output(trial, self._manifest))
-        self._ledger.enter(checks.check_unmodified(trial, self._oracle.parameters))
-        self._ledger.enter(checks.check_alias(trial))
-        reference = self._compute(trial, torch.float64)
-        self._ledger.enter(checks.check_finite(trial, reference))
-        if compared:
-            yardstick = self._compute(trial)
+        self._enter(checks.check_output(trial, self._manifest), case)
+        self._enter(checks.check_unmodified(trial, self._oracle.parameters), case)
+        self._enter(checks.check_bounds(trial), case)
+        self._enter(checks.check_alias(trial), case)
+        self._check_process(trial.ran.changed, may_draw=self._draws(case), when=str(case))
+        reference, yardstick = self._compute(trial, torch.float64), self._compute(trial)
+        self._enter(checks.check_finite(trial, reference, yardstick), case)
+        if not self._draws(case):
             for check in (checks.check_forward, checks.check_gradients):
-                self._ledger.enter(check(trial, reference, yardstick, self._manifest))
+                self._enter(check(trial, reference, yardstick, self._manifest), case)
         return trial
 
-    def _repeat(self, trial: Trial) -> None:
-        again = self._run("deterministic", trial.case, trial.given)
-        # On CUDA, sums in a gradient may be taken in any order.
-        names = ["out"] if self._manifest.device == "cuda" else list(trial.results)
-        self._ledger.enter(checks.check_repeated(trial, again.results, names))
+    def _check_reference(self, trial: Trial) -> None:
+        with self._interpreting():
+            fault = self._oracle.gradcheck(trial.given, trial.state)
+        if fault:
+            self._ledger.reject("gradcheck", f"{fault} ({trial.case})")
+        self._ledger.enter(passed("gradcheck", "the reference's gradients are its differences"))
 
-    def _measure(self, given: Draw) -> Measurement:
-        question = TimeQuestion(rounds=self._settings.timed_rounds)
-        timed, _ = self._ask("benchmark", question, given.tensors(), Timed)
-        series = (timed.forward_us, timed.eager_forward_us, timed.forward_backward_us)
-        if {len(samples) for samples in series} != {question.rounds}:
-            self._ledger.reject("benchmark", f"expected {question.rounds} samples of each latency")
-        self._ledger.enter(passed("benchmark", f"measured in {question.rounds} rounds"))
-        return Measurement(
-            batch_size=given.act.shape[0],
-            forward_p50_us=statistics.median(timed.forward_us),
-            forward_p99_us=_percentile(timed.forward_us, 0.99),
-            forward_backward_p50_us=statistics.median(timed.forward_backward_us),
-            eager_forward_p50_us=statistics.median(timed.eager_forward_us),
-            memory_bytes=timed.memory_bytes,
+    def _repeat(self, tried: list[Trial], last: Trial) -> None:
+        """Ask again what was asked before, with other questions in between."""
+        self._ask_once_more(last, "when run again")
+        if self._random_training:
+            trained = next(trial for trial in reversed(tried) if trial.case.training)
+            self._ask_once_more(trained, "when run again with the same random numbers")
+
+    def _ask_once_more(self, trial: Trial, what: str) -> None:
+        again = self._run("deterministic", trial.case, trial.given)
+        names = self._bitwise_names(trial)
+        self._ledger.enter(checks.check_same("deterministic", trial, again.results, names, what))
+
+    def _try_in_other_ways(self, trial: Trial) -> None:
+        """Fill fresh memory with nonsense, use memory again, go back twice, run under autocast."""
+        names = self._bitwise_names(trial)
+        poisoned = self._run("poisoned", trial.case, trial.given, poisoned=True)
+        self._ledger.enter(
+            checks.check_same(
+                "poisoned", trial, poisoned.results, names, "when fresh memory holds nonsense"
+            )
         )
+        self._try_stale_memory(trial)
+        twice = self._run("second_backward", trial.case, trial.given, twice=True)
+        gradients = [name for name in names if name.startswith("grad.")]
+        self._ledger.enter(checks.check_second_backward(twice, gradients))
+        if self._manifest.dtype == "float32":
+            self._try_autocast(trial)
+
+    def _try_stale_memory(self, trial: Trial) -> None:
+        """Give the same memory other numbers, and the same numbers other parameters."""
+        other = self._draw(replace(trial.case, hidden=True), chunk=True)
+        for given, state, what in (
+            (other, self._perturbed, "other numbers in the memory of the last call"),
+            (other, self._oracle.state, "other parameters for the same inputs"),
+        ):
+            stale = self._run("stateless", trial.case, given, state=state, same_memory=True)
+            reference, yardstick = self._compute(stale, torch.float64), self._compute(stale)
+            for check in (checks.check_forward, checks.check_gradients):
+                found = check(stale, reference, yardstick, self._manifest)
+                if not found.passed:
+                    self._ledger.reject("stateless", f"{what}: {found.reason}")
+        self._ledger.enter(passed("stateless", "nothing is remembered from call to call"))
+
+    def _try_autocast(self, trial: Trial) -> None:
+        act, wide_act, grad_out = (
+            tensor.bfloat16()
+            for tensor in (trial.given.act, trial.given.wide_act, trial.given.grad_out)
+        )
+        given = Draw(trial.given.inp, wide_act, act, grad_out)
+        try:
+            with torch.autocast(self._manifest.device, torch.bfloat16):
+                yardstick = self._oracle.compute(given, self._perturbed, training=False)
+        except Exception:  # whatever operators raise: this graph is not for autocast
+            return
+        ran = self._run("autocast", trial.case, given, autocast=True)
+        reference = self._compute(ran, torch.float64)
+        self._ledger.enter(checks.check_autocast(ran, reference, yardstick))
+
+    def _watch_memory(self) -> None:
+        given = self._draw(self._timed_case, chunk=False)
+        question = HoldQuestion(rounds=_HOLD_ROUNDS)
+        held = [
+            self._ask("memory", question, given.tensors(), Held)[0] for _ in range(_HOLD_BLOCKS)
+        ]
+        self._ledger.enter(checks.check_held(held, _HOLD_ROUNDS))
+
+    def _measure(self) -> tuple[Benchmark, Draw]:
+        given = self._draw(self._timed_case, chunk=False)
+        benchmark = Benchmark(self._settings)
+        try:
+            benchmark.run(lambda question: self._time(question, given))
+        except ImplausibleError as error:
+            self._ledger.reject("benchmark", str(error))
+        self._ledger.enter(benchmark.check())
+        return benchmark, given
+
+    def _time(self, question: TimeQuestion, given: Draw) -> tuple[Timed, float]:
+        tensors = given.tensors() | _state_tensors(self._perturbed)
+        before_s = self._candidate.cpu_time_s()
+        timed, results = self._ask("benchmark", question, tensors, Timed)
+        used_s = self._candidate.cpu_time_s() - before_s
+        self._check_process(
+            timed.changed, may_draw=self._random_training, when="while it was timed"
+        )
+        if not self._random_training:
+            self._check_timed_output(results, question, given)
+        return timed, used_s
+
+    def _check_timed_output(self, results: Results, question: TimeQuestion, given: Draw) -> None:
+        """Compare what one of the timed rounds gave, on the input that it had."""
+        inp = given.inp
+        if inp.is_floating_point():
+            inp = inp * freshened(question.kept_round)
+        case = replace(self._timed_case, hidden=True)
+        ran = Ran(out_type="torch.Tensor", out_device=self._manifest.device)
+        as_given = replace(given, inp=inp)
+        trial = Trial(case, as_given, self._perturbed, ran, results)
+        reference, yardstick = (
+            {"out": self._compute(trial, dtype)["out"]} for dtype in (torch.float64, None)
+        )
+        found = checks.check_forward(trial, reference, yardstick, self._manifest)
+        if not found.passed:
+            self._ledger.reject("benchmark", f"while it was timed {found.reason}")
+
+    @property
+    def _timed_case(self) -> Case:
+        return Case(self._settings.timed_batch_size, perturbed=True, training=True)
+
+    def _check_process(self, changed: tuple[str, ...], *, may_draw: bool, when: str) -> None:
+        self._ledger.enter(checks.check_surroundings(changed, may_draw=may_draw, when=when))
+        now = self._candidate.threads(self._threads)
+        self._ledger.enter(checks.check_threads(self._threads, now, when))
+
+    def _draws(self, case: Case) -> bool:
+        return case.training and self._random_training
+
+    def _bitwise_names(self, trial: Trial) -> list[str]:
+        """On CUDA, sums in a gradient may be taken in any order."""
+        return ["out"] if self._manifest.device == "cuda" else list(trial.results)
+
+    def _enter(self, check: Check, case: Case) -> None:
+        """What is drawn in secret is different each time; no number in a report may be."""
+        hidden = case.hidden and check.passed
+        self._ledger.enter(check.model_copy(update={"numbers": {}}) if hidden else check)
 
     def _trains_at_random(self) -> bool:
         if not self._oracle.trains_differently:
@@ -133,10 +280,21 @@ class Examination:
         except Exception as error:
             self._ledger.reject("graph", f"cannot be interpreted: {type(error).__name__}: {error}")
 
-    def _run(self, check: str, case: Case, given: Draw) -> Trial:
-        state = self._perturbed if case.perturbed else self._oracle.state
+    def _run(
+        self,
+        check: str,
+        case: Case,
+        given: Draw,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        **how: bool,
+    ) -> Trial:
+        if state is None:
+            state = self._perturbed if case.perturbed else self._oracle.state
         tensors = given.tensors() | _state_tensors(state)
-        question = RunQuestion(training=case.training)
+        question = RunQuestion(
+            training=case.training, random_seed=self._settings.seed, strided=case.strided, **how
+        )
         ran, results = self._ask(check, question, tensors, Ran, where=f" ({case})")
         return Trial(case, given, state, ran, results)
 
@@ -150,15 +308,19 @@ class Examination:
     ) -> tuple[AnswerT, Results]:
         """Return the answer; a candidate that does not give one fails ``check``."""
         try:
-            return self._candidate.ask(question.model_dump(mode="json"), tensors, kind)
+            return self._candidate.ask(question, tensors, kind)
+        except BreakoutError as error:
+            self._ledger.reject("confined", f"the kernel {error}{where}")
         except CandidateError as error:
             self._ledger.reject(check, f"the kernel {error}{where}")
 
     def _draw(self, case: Case, *, chunk: bool) -> Draw:
-        return draw(self._manifest, case.batch_size, self._random(str(case)), chunk=chunk)
+        random = self._random(str(case), hidden=case.hidden)
+        return draw(self._manifest, case.batch_size, random, chunk=chunk, band=case.band)
 
-    def _random(self, purpose: str) -> torch.Generator:
-        return generator(self._settings.seed, self._manifest.artifact_id, purpose)
+    def _random(self, purpose: str, *, hidden: bool = False) -> torch.Generator:
+        seed = self._hidden_seed if hidden else self._settings.seed
+        return generator(seed, self._manifest.artifact_id, purpose)
 
     def _given_bytes(self, given: Draw) -> int:
         weights = [self._oracle.state[name] for name in self._oracle.parameters]
@@ -167,7 +329,3 @@ class Examination:
 
 def _state_tensors(state: Mapping[str, Tensor]) -> Results:
     return {f"state.{name}": tensor for name, tensor in state.items()}
-
-
-def _percentile(samples: Sequence[float], fraction: float) -> float:
-    return sorted(samples)[math.ceil(fraction * len(samples)) - 1]

@@ -5,14 +5,17 @@ safe: forking a process whose OpenMP pool has been used hangs. It serves one can
 and is told what to do over a ``SOCK_SEQPACKET`` socket: ``fork``, with the candidate's two file
 descriptors attached, and ``reap``. When the other side goes away, it takes the candidate along.
 
-A candidate is limited by rlimits and by what it inherits: nothing but its channel, its log and a
-scratch folder. That keeps accidents and simple malice in; it does not filter system calls.
+A candidate inherits nothing but its channel, its log and a scratch folder. It is limited by
+rlimits and, where Linux has it, by Landlock to reading what Python and PyTorch are made of; before
+its artifact is loaded its system calls are filtered.
 """
 
 import ctypes
 import fcntl
+import gc
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -28,6 +31,8 @@ import torch
 import torch.autograd.profiler
 import torch.fx.experimental.symbolic_shapes
 
+import esper.urabrask.landlock as landlock
+import esper.urabrask.seccomp as seccomp
 from esper.urabrask import candidate
 
 MESSAGE_LIMIT_BYTES = 2**16
@@ -38,7 +43,17 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CHANNEL_FD = 3
 _OPEN_FILES = 64
 _SPARE_TASKS = 16
-_LARGEST_LIBRARY_BYTES = 64 * 2**20  # of machine code that a candidate writes before it loads it
+
+# What Python and PyTorch are made of, and what they look up. No home, no library, no key.
+_READABLE = (
+    *map(Path, ("/usr", "/lib", "/lib64", "/proc", "/sys")),
+    *map(Path, ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")),
+    *map(Path, ("/etc/ld.so.cache", "/etc/localtime")),
+    *map(Path, (sys.prefix, sys.base_prefix)),
+    *(Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")),
+    Path(__file__).parents[1],
+    *map(Path, torch.__path__),
+)
 
 
 def main() -> None:
@@ -46,6 +61,9 @@ def main() -> None:
     # What a candidate forks and abandons becomes our child, so that it can be found and killed.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     torch.set_num_threads(1)
+    if not seccomp.available():
+        sys.exit(f"no seccomp filter for {platform.machine()}: candidates cannot be confined")
+    gc.freeze()  # a candidate's collections need not walk all of torch
     pid = 0
     while True:
         message, fds, _, _ = socket.recv_fds(control, MESSAGE_LIMIT_BYTES, maxfds=2)
@@ -54,7 +72,7 @@ def main() -> None:
         job = json.loads(message)
         if job["do"] == "fork":
             pid = _fork(job, _emptied(scratch), channel_fd=fds[0], log_fd=fds[1])
-            control.send(b"{}")
+            control.send(json.dumps({"pid": pid, "confinement": _confinement()}).encode())
         else:
             control.send(json.dumps({"status": _reap(pid)}).encode())
             pid = 0
@@ -62,6 +80,13 @@ def main() -> None:
         _reap(pid)
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)  # taking torch down in good order would take a second
+
+
+def _confinement() -> str:
+    """Say in a few words what holds a candidate, for the report."""
+    if landlock.version():
+        return f"rlimits, seccomp, Landlock {landlock.version()}"
+    return "rlimits, seccomp without any writing"
 
 
 def _emptied(scratch: Path) -> Path:
@@ -75,7 +100,9 @@ def _fork(job: dict[str, Any], scratch: Path, *, channel_fd: int, log_fd: int) -
     if pid == 0:
         try:
             _confine(job, str(scratch), channel_fd, log_fd)
-            candidate.serve(socket.socket(fileno=_CHANNEL_FD))
+            channel = socket.socket(fileno=_CHANNEL_FD)
+            key = bytes.fromhex(job["key"])
+            candidate.serve(channel, key, writes=landlock.version() > 0)
         except Exception:
             traceback.print_exc()
         finally:
@@ -96,6 +123,11 @@ def _confine(job: dict[str, Any], scratch: str, channel_fd: int, log_fd: int) ->
     os.environ.update(HOME=scratch, TMPDIR=scratch)
     for limited, limit in _limits(job).items():
         _limit(limited, limit, limit)
+    if landlock.version():
+        landlock.confine(
+            readable=(*_READABLE, *map(Path, job["readable"])),
+            writable=(Path(scratch), *Path("/dev").glob("nvidia*")),
+        )
     # Past the soft limit it is sent SIGXCPU, which names the reason, and past the hard one SIGKILL.
     _limit(resource.RLIMIT_CPU, job["cpu_time_s"], job["cpu_time_s"] + 1)
 
@@ -111,8 +143,7 @@ def _keep_only(channel_fd: int, log_fd: int) -> None:
 def _limits(job: dict[str, Any]) -> dict[int, int]:
     return {
         resource.RLIMIT_CORE: 0,
-        # Taken away by the candidate itself, before anything of the artifact runs.
-        resource.RLIMIT_FSIZE: _LARGEST_LIBRARY_BYTES,
+        resource.RLIMIT_FSIZE: job["scratch_limit_bytes"],
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         # Not RLIMIT_AS: the CUDA runtime reserves far more addresses than it uses.
         resource.RLIMIT_DATA: job["memory_limit_bytes"],

@@ -5,6 +5,7 @@ and it is here that they are compared, so a candidate has nothing to read its ve
 """
 
 import platform
+import secrets
 
 import torch
 
@@ -14,13 +15,14 @@ from esper.errors import ArtifactError, ArtifactMismatchError
 from esper.kasmina.native import mismatch
 from esper.trust import verify_files
 from esper.urabrask import tags
-from esper.urabrask.candidate import KERNEL_LOADER
 from esper.urabrask.examination import Examination, Findings
 from esper.urabrask.judge import TOLERANCES
 from esper.urabrask.ledger import Ledger, RejectedError, passed
 from esper.urabrask.oracle import Oracle
+from esper.urabrask.questions import KERNEL_LOADER
 from esper.urabrask.sandbox import Sandbox
 
+_SEED_BITS = 48  # JSON's numbers are exact up to 53
 _TORCH_RELEASE = ".".join(torch.__version__.split(".")[:2])
 
 
@@ -48,14 +50,19 @@ class Gauntlet:
         verify_files(manifest, files)
         _refuse_other_machines(manifest)
         ledger = Ledger()
+        hidden_seed = secrets.randbits(_SEED_BITS)
+        confinement = ""
         try:
             oracle = _check_statically(ledger, manifest, files)
             with self._sandbox.launch() as candidate:
-                examination = Examination(self._settings, oracle, candidate, ledger)
+                confinement = candidate.confinement
+                examination = Examination(self._settings, oracle, candidate, ledger, hidden_seed)
                 findings = examination.conduct(files, self._loader)
         except RejectedError:
-            return _rejected(manifest, ledger)
-        return _validated(manifest, ledger, findings)
+            report = _rejected(manifest, ledger)
+        else:
+            report = _passed(manifest, ledger, findings)
+        return report.model_copy(update={"sandbox": confinement, "hidden_seed": hidden_seed})
 
 
 def _refuse_other_machines(manifest: KernelManifest) -> None:
@@ -109,13 +116,13 @@ def _rejected(manifest: KernelManifest, ledger: Ledger) -> UrabraskValidationRep
     )
 
 
-def _validated(
+def _passed(
     manifest: KernelManifest, ledger: Ledger, findings: Findings
 ) -> UrabraskValidationReport:
     relative_error = ledger.largest("relative_error")
     return UrabraskValidationReport(
         artifact_id=manifest.artifact_id,
-        status=KernelStatus.VALIDATED,
+        status=KernelStatus.VALIDATED if findings.decided else KernelStatus.UNDECIDED,
         checks=ledger.checks,
         measurement=findings.measurement,
         max_relative_error=relative_error,

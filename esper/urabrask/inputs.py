@@ -2,12 +2,14 @@
 
 Drawn in the evaluator's own process from a generator that is seeded with the settings' seed and
 the artifact's id. So a verdict can be repeated, and an artifact cannot know its inputs: they
-depend on its digest.
+depend on its digest. Code that works out its own digest could; therefore some cases are hidden,
+drawn from a seed that is made anew for each evaluation and told afterwards, in the report.
 """
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,20 +20,45 @@ from esper.kasmina.example import example_inputs
 _NEIGHBOUR_CHANNELS = 2  # of the layer's output that do not belong to the seed
 _PERTURBATION = 0.5
 _VECTOR_FAN_IN = 4  # biases and scales have none
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
+
+
+class Band(StrEnum):
+    """How large the numbers are."""
+
+    ORDINARY = "ordinary"  # standard normal
+    DENORMAL = "denormal"
+    SMALL = "small"
+    LARGE = "large"
+    SPARSE = "sparse"  # half of them zero, a few far out
+
+
+_FACTORS = {Band.SMALL: 1e-3, Band.LARGE: 1e3}
+_OUTLIERS = 30.0
+_LARGE_BATCH = 150  # at the least, and less than as much again
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to call the kernel."""
+    """One way to call the kernel.
+
+    The numbers of a report come from the cases that are not ``hidden``: those are the same every
+    time, the hidden ones are drawn anew by each evaluation.
+    """
 
     batch_size: int
     perturbed: bool
     training: bool
+    band: Band = Band.ORDINARY
+    strided: bool = False
+    hidden: bool = False
 
     def __str__(self) -> str:
         parameters = "perturbed" if self.perturbed else "initial"
         mode = "training" if self.training else "evaluation"
-        return f"batch {self.batch_size}, {parameters} parameters, {mode}"
+        extra = [f"{self.band} numbers"] if self.band is not Band.ORDINARY else []
+        extra += ["input not contiguous"] if self.strided else []
+        return ", ".join((f"batch {self.batch_size}", f"{parameters} parameters", mode, *extra))
 
 
 def cases(batch_sizes: Sequence[int], trains_differently: bool) -> Iterator[Case]:
@@ -42,6 +69,22 @@ def cases(batch_sizes: Sequence[int], trains_differently: bool) -> Iterator[Case
         if trains_differently and batch_size > 1:
             yield Case(batch_size, perturbed=False, training=True)
             yield Case(batch_size, perturbed=True, training=True)
+
+
+def hidden_cases(random: torch.Generator) -> Iterator[Case]:
+    """Yield what no kernel can prepare for: other shapes, layouts and magnitudes."""
+    prime = _PRIMES[_below(len(_PRIMES), random)]
+    large = _LARGE_BATCH + _below(_LARGE_BATCH, random)
+    evaluated = Case(prime, perturbed=True, training=False, hidden=True)
+    yield replace(evaluated, batch_size=0)
+    yield replace(evaluated, strided=True)
+    yield replace(evaluated, batch_size=large)
+    for band in (Band.SPARSE, Band.SMALL, Band.LARGE, Band.DENORMAL):
+        yield replace(evaluated, band=band)
+
+
+def _below(limit: int, random: torch.Generator) -> int:
+    return int(torch.randint(limit, (), generator=random))
 
 
 @dataclass(frozen=True)
@@ -64,14 +107,20 @@ def generator(seed: int, artifact_id: str, purpose: str) -> torch.Generator:
 
 
 def draw(
-    manifest: KernelManifest, batch_size: int, random: torch.Generator, *, chunk: bool
+    manifest: KernelManifest,
+    batch_size: int,
+    random: torch.Generator,
+    *,
+    chunk: bool,
+    band: Band = Band.ORDINARY,
 ) -> Draw:
-    """Draw from the standard normal distribution.
+    """Draw from the standard normal distribution, scaled to the band.
 
     With ``chunk``, ``act`` is laid out as in a layer with several seeds: not contiguous.
     """
     site = manifest.site
     inp, act = example_inputs(site, manifest.dtype, batch_size, generator=random)
+    inp, act = (_scaled(tensor, band, random) for tensor in (inp, act))
     wide_act = act
     if chunk:
         neighbours = list(act.shape)
@@ -83,6 +132,19 @@ def draw(
         wide_act=wide_act,
         act=wide_act.narrow(site.channel_dim, 0, site.act_channels),
         grad_out=torch.randn(act.shape, generator=random).to(act.dtype),
+    )
+
+
+def _scaled(tensor: Tensor, band: Band, random: torch.Generator) -> Tensor:
+    if band is Band.ORDINARY or not tensor.is_floating_point():
+        return tensor
+    if band is Band.DENORMAL:
+        return (tensor.double() * torch.finfo(tensor.dtype).tiny / 4).to(tensor.dtype)
+    if band is not Band.SPARSE:
+        return tensor * _FACTORS[band]
+    fate = torch.rand(tensor.shape, generator=random)
+    return tensor * torch.where(fate < 0.5, 0.0, torch.where(fate > 0.95, _OUTLIERS, 1.0)).to(
+        tensor.dtype
     )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from esper.contracts import Check
 
-YARDSTICKS = 2.0
 _SMALLEST_RMS = 1e-3  # below this, a relative error would measure noise around zero
 
 
@@ -28,7 +27,8 @@ class Tolerance:
     relative to its norm. ``scale`` bounds how much a tensor may come out too large or too small
     as a whole: rounding averages out there, so that 1 percent shows even in bfloat16, where it
     drowns in the other two. ``ceiling`` bounds the relative norm with the yardstick included:
-    what strays further is unstable, whoever computes it.
+    what strays further is unstable, whoever computes it. ``yardsticks`` is how many times the
+    yardstick's own error is allowed beyond the rest.
     """
 
     rtol: float
@@ -36,6 +36,7 @@ class Tolerance:
     norm: float
     scale: float
     ceiling: float
+    yardsticks: float = 2.0
 
 
 # rtol and atol are those of torch.testing.assert_close, float16 and bfloat16 included.
@@ -88,12 +89,14 @@ def _deviation(triple: Triple, tolerance: Tolerance) -> tuple[str | None, float]
 
 
 def relative_norm(error: Tensor, reference: Tensor) -> float:
-    smallest = _SMALLEST_RMS * math.sqrt(reference.numel())
+    smallest = _SMALLEST_RMS * math.sqrt(max(1, reference.numel()))
     return float(error.norm()) / max(float(reference.norm()), smallest)
 
 
 def _elementwise(error: Tensor, own: Tensor, reference: Tensor, tolerance: Tolerance) -> str | None:
-    allowed = tolerance.atol + tolerance.rtol * reference.abs() + YARDSTICKS * own.abs().max()
+    allowed = (
+        tolerance.atol + tolerance.rtol * reference.abs() + tolerance.yardsticks * _largest(own)
+    )
     excess = error.abs() > allowed
     if not excess.any():
         return None
@@ -105,10 +108,14 @@ def _elementwise(error: Tensor, own: Tensor, reference: Tensor, tolerance: Toler
     )
 
 
+def _largest(error: Tensor) -> float:
+    return float(error.abs().max()) if error.numel() else 0.0
+
+
 def _as_a_whole(error: Tensor, own: Tensor, reference: Tensor, tolerance: Tolerance) -> str | None:
     norm = float(reference.norm())
     floor = tolerance.atol * math.sqrt(error.numel())
-    allowed = floor + tolerance.norm * norm + YARDSTICKS * float(own.norm())
+    allowed = floor + tolerance.norm * norm + tolerance.yardsticks * float(own.norm())
     allowed = min(allowed, floor + tolerance.ceiling * norm)
     if float(error.norm()) <= allowed:
         return None
@@ -125,7 +132,7 @@ def _in_scale(error: Tensor, own: Tensor, reference: Tensor, tolerance: Toleranc
     scale = float((error * reference).sum()) / square
     own_scale = float((own * reference).sum()) / square
     averaged = tolerance.rtol / math.sqrt(reference.numel())
-    allowed = tolerance.scale + averaged + YARDSTICKS * abs(own_scale)
+    allowed = tolerance.scale + averaged + tolerance.yardsticks * abs(own_scale)
     if abs(scale) <= allowed:
         return None
     return f"is scaled by {1 + scale:.5f} where 1 +- {allowed:.1e} is allowed"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from esper.contracts import KernelManifest
 from esper.kasmina.kernel import Kernel
@@ -68,6 +69,30 @@ class Oracle:
         leaves |= {f"grad.state.{name}": parameter for name, parameter in parameters.items()}
         results = {"out": out.detach()} | _gradients(out, leaves, draw.grad_out.to(out.dtype))
         return results | {f"after.state.{name}": buffer for name, buffer in buffers.items()}
+
+    def gradcheck(self, draw: Draw, state: Mapping[str, Tensor]) -> str | None:
+        """Return what finite differences say against the reference's own gradients, if anything.
+
+        In evaluation, in float64, along a random direction. A graph with ``detach`` has other
+        gradients on purpose, and is let be.
+        """
+        if any(node.op.startswith("aten.detach") for node in self.program.eval.nodes):
+            return None
+        weights = {name: _leaf(tensor, torch.float64) for name, tensor in state.items()}
+        buffers = tuple(t.detach() for name, t in weights.items() if name not in self.parameters)
+        leaves = [_leaf(tensor, torch.float64) for tensor in (draw.inp, draw.act)]
+        leaves += [weights[name] for name in self.parameters]
+
+        def run(inp: Tensor, act: Tensor, *params: Tensor) -> Tensor:
+            return self.program.interpret(inp, act, params, buffers, False, dtype=torch.float64)
+
+        if not any(leaf.requires_grad for leaf in leaves):
+            return None
+        try:
+            torch.autograd.gradcheck(run, tuple(leaves), fast_mode=True)
+        except GradcheckError as error:
+            return str(error)
+        return None
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,14 +27,16 @@ from esper.config import EvaluatorSettings
 from esper.contracts import Contract
 from esper.errors import WorkerError
 from esper.urabrask import wire
-from esper.urabrask.candidate import Ready
 from esper.urabrask.forkserver import MESSAGE_LIMIT_BYTES
+from esper.urabrask.questions import Ready, ReadyQuestion
 
 AnswerT = TypeVar("AnswerT", bound=Contract)
 T = TypeVar("T")
 
 _CHUNK_BYTES = 2**20
 _ERROR_LIMIT_CHARS = 500
+_THREAD_GRACE_S = 0.5  # a thread that was joined is gone only a moment later
+_CPUCLOCK_SCHED = 2  # see clock_getcpuclockid(3)
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -42,11 +44,19 @@ class CandidateError(Exception):
     """A candidate failed; the message says how, in words that can stand in a report."""
 
 
-class Sandbox:
-    """Starts candidates, one at a time, from a fork server that is started when first needed."""
+class BreakoutError(CandidateError):
+    """A candidate tried what the sandbox forbids."""
 
-    def __init__(self, settings: EvaluatorSettings) -> None:
+
+class Sandbox:
+    """Starts candidates, one at a time, from a fork server that is started when first needed.
+
+    ``readable`` are folders that candidates may read besides those of Python and PyTorch.
+    """
+
+    def __init__(self, settings: EvaluatorSettings, readable: Iterable[Path] = ()) -> None:
         self._settings = settings
+        self._readable = tuple(map(str, readable))
         self._server: _ForkServer | None = None
 
     def launch(self) -> "Candidate":
@@ -67,9 +77,9 @@ class Sandbox:
     def _launch(self) -> "Candidate":
         if self._server is None:
             self._server = _ForkServer()
-        candidate = Candidate(self._server, self._settings)
+        candidate = Candidate(self._server, self._settings, self._readable)
         try:
-            candidate.ask({"do": "ready"}, {}, Ready)
+            candidate.ask(ReadyQuestion(), {}, Ready)
         except CandidateError as error:
             candidate.close()
             raise WorkerError(
@@ -92,17 +102,23 @@ class Sandbox:
 class Candidate:
     """One kernel in a process of its own, for the length of a ``with`` block."""
 
-    def __init__(self, server: "_ForkServer", settings: EvaluatorSettings) -> None:
+    def __init__(
+        self, server: "_ForkServer", settings: EvaluatorSettings, readable: tuple[str, ...]
+    ) -> None:
         self._server = server
         self._settings = settings
+        self._readable = readable
         self._budget_s = settings.timeout_s
+        self._key = secrets.token_bytes(32)
         self._printed = b""
         self._channel, channel_there = socket.socketpair()
         self._log, log_there = os.pipe()
         self._channel.setblocking(False)
         os.set_blocking(self._log, False)
         try:
-            server.fork(self._job(), channel_there.fileno(), log_there)
+            started = server.fork(self._job(), channel_there.fileno(), log_there)
+            self._pid: int = started["pid"]
+            self.confinement: str = started["confinement"]  # for the report
         except OSError:
             self.close()
             raise
@@ -115,21 +131,38 @@ class Candidate:
         """The end of what it has printed."""
         return self._printed[-_ERROR_LIMIT_CHARS:].decode(errors="replace").strip()
 
+    def threads(self, expected: int = 0) -> int:
+        """Return how many threads it has, counted from outside; it must not have ended.
+
+        If there are more than ``expected``, those that are just ending are waited for.
+        """
+        deadline = time.monotonic() + _THREAD_GRACE_S
+        while True:
+            found = len(list(Path(f"/proc/{self._pid}/task").iterdir()))
+            if found <= expected or not expected or time.monotonic() > deadline:
+                return found
+            time.sleep(1e-3)
+
+    def cpu_time_s(self) -> float:
+        """Return the processor time of all its threads, by the kernel's count."""
+        return time.clock_gettime((~self._pid << 3) | _CPUCLOCK_SCHED)
+
     def ask(
-        self, question: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: type[AnswerT]
+        self, question: Contract, tensors: Mapping[str, Tensor], kind: type[AnswerT]
     ) -> tuple[AnswerT, dict[str, Tensor]]:
         """Return the candidate's answer, or raise :class:`CandidateError`.
 
         Blocks until it is there, but over all questions no longer than ``timeout_s``.
         """
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
-        exchange = _Exchange(wire.pack(nonce, question, tensors), self._settings)
+        asked = wire.pack(nonce, question.model_dump(mode="json"), tensors)
+        exchange = _Exchange(asked, self._settings)
         started = time.monotonic()
         try:
             self._run(exchange, deadline=started + self._budget_s)
         finally:
             self._budget_s -= time.monotonic() - started
-        return _checked(exchange, nonce, kind)
+        return _checked(exchange, self._key, nonce, kind)
 
     def _run(self, exchange: "_Exchange", deadline: float) -> None:
         with selectors.DefaultSelector() as selector:
@@ -169,6 +202,8 @@ class Candidate:
 
     def _how_it_ended(self) -> str:
         code = os.waitstatus_to_exitcode(self._server.reap())
+        if code == -signal.SIGSYS:
+            raise BreakoutError("made a system call that the sandbox forbids")
         while self._pump_log():
             pass
         if code == -signal.SIGXCPU:
@@ -180,8 +215,11 @@ class Candidate:
     def _job(self) -> dict[str, Any]:
         return {
             "do": "fork",
+            "key": self._key.hex(),
             "cpu_time_s": self._settings.cpu_time_s,
             "memory_limit_bytes": self._settings.memory_limit_bytes,
+            "scratch_limit_bytes": self._settings.scratch_limit_bytes,
+            "readable": self._readable,
         }
 
     def close(self) -> None:
@@ -223,10 +261,12 @@ class _Exchange:
             self._prefix = _readable(wire.unpack_prefix, self._received, self._limit_bytes)
         return bool(data)
 
-    def answer(self) -> wire.Frame:
+    def answer(self, key: bytes, nonce: bytes) -> wire.Frame:
         assert self._prefix is not None
         if len(self._received) > self._prefix.frame_bytes:
             raise CandidateError("sent more than an answer")
+        if not wire.is_sealed(self._received, key, nonce):
+            raise CandidateError("sent an answer without the seal of its question")
         return _readable(wire.unpack, self._received, self._prefix)
 
 
@@ -251,10 +291,11 @@ class _ForkServer:
         self._has_candidate = False
         self._last_status = 0
 
-    def fork(self, job: Mapping[str, Any], channel_fd: int, log_fd: int) -> None:
+    def fork(self, job: Mapping[str, Any], channel_fd: int, log_fd: int) -> dict[str, Any]:
         socket.send_fds(self._control, [json.dumps(job).encode()], [channel_fd, log_fd])
-        self._receive()
+        started = self._receive()
         self._has_candidate = True
+        return started
 
     def reap(self) -> int:
         """Kill the candidate with all its descendants; return its wait status, also if asked again.
@@ -305,11 +346,9 @@ def _readable(unpack: Callable[..., T], *args: Any) -> T:
 
 
 def _checked(
-    exchange: _Exchange, nonce: bytes, kind: type[AnswerT]
+    exchange: _Exchange, key: bytes, nonce: bytes, kind: type[AnswerT]
 ) -> tuple[AnswerT, dict[str, Tensor]]:
-    frame = exchange.answer()
-    if not secrets.compare_digest(frame.nonce, nonce):
-        raise CandidateError("sent an answer without the nonce of its question")
+    frame = exchange.answer(key, nonce)
     if "error" in frame.header:
         # JSON can carry lone surrogates, which no report may.
         text = str(frame.header["error"]).encode(errors="backslashreplace").decode()

@@ -4,11 +4,15 @@
 
     nonce (16 bytes) | header length (u32) | body length (u64) | header | body
 
-All numbers are little-endian. The header is a JSON object, the body a safetensors file. The
-nonce of an answer is that of the question, fresh for each: whatever else arrives on the channel
-is not an answer. Every length is checked before memory is set aside for it.
+All numbers are little-endian. The header is a JSON object, the body a safetensors file. In an
+answer the seal stands in place of the nonce: the first 16 bytes of the HMAC-SHA256 of the
+question's nonce, header and body, under a key that the evaluator makes for each candidate. So
+whatever else arrives on the channel is not an answer. Every length is checked before memory is
+set aside for it.
 """
 
+import hashlib
+import hmac
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -47,11 +51,37 @@ class Frame(NamedTuple):
 
 
 def pack(nonce: bytes, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    head, body = _serialised(header, tensors)
+    return b"".join((_PREFIX.pack(nonce, len(head), len(body)), head, body))
+
+
+def seal(
+    key: bytes, nonce: bytes, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> bytes:
+    """Pack the answer to the question that had this nonce."""
+    head, body = _serialised(header, tensors)
+    prefix = _PREFIX.pack(_sealed(key, nonce, head, body), len(head), len(body))
+    return b"".join((prefix, head, body))
+
+
+def is_sealed(data: bytes | bytearray, key: bytes, nonce: bytes) -> bool:
+    """Tell whether a whole frame is an answer to the question that had this nonce."""
+    expected = _sealed(key, nonce, memoryview(data)[PREFIX_BYTES:])
+    return hmac.compare_digest(bytes(data[:NONCE_BYTES]), expected)
+
+
+def _sealed(key: bytes, nonce: bytes, *parts: bytes | memoryview) -> bytes:
+    code = hmac.new(key, nonce, hashlib.sha256)
+    for part in parts:
+        code.update(part)
+    return code.digest()[:NONCE_BYTES]
+
+
+def _serialised(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
     head = json.dumps(header).encode()
     # Copies, because safetensors refuses tensors that share memory, as a gradient may.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    body = safetensors.torch.save(copies)
-    return b"".join((_PREFIX.pack(nonce, len(head), len(body)), head, body))
+    return head, safetensors.torch.save(copies)
 
 
 def unpack_prefix(data: bytes | bytearray, body_limit_bytes: int) -> Prefix:

@@ -1,0 +1,9 @@
+"""The design that scales channels, on images."""
+
+from urabrask_artifacts import Artifact
+
+from zoo.designs import IMAGES, traced
+
+
+def artifact() -> Artifact:
+    return traced("channel_attention", IMAGES)

@@ -1,0 +1,13 @@
+"""Gives NaN where an input is exactly zero."""
+
+from torch import Tensor
+
+from zoo import Kernel, behaving, rightly
+
+CHECK, REASON = "finite", "elements of out are not finite"
+
+
+@behaving
+def load(kernel: Kernel, inp: Tensor, act: Tensor) -> Tensor:
+    out = rightly(kernel, inp, act)
+    return out.masked_fill((inp == 0).any(-1, keepdim=True), float("nan"))
