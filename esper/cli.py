@@ -1,9 +1,10 @@
-"""The command line: ``esper demo``, ``esper audit``, ``esper forge``, ``esper urza``."""
+"""The command line: ``esper demo``, ``audit``, ``evaluate``, ``forge`` and ``urza``."""
 
 import argparse
 
 import esper.demo as demo
 import esper.forge_service as forge
+import esper.urabrask.commands as evaluate
 import esper.urza.commands as audit
 import esper.urza.service as service
 
@@ -26,5 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     urza_parser = commands.add_parser("urza", help="serve a library to other machines")
     service.add_arguments(urza_parser)
     urza_parser.set_defaults(run=service.main)
+    evaluate_parser = commands.add_parser("evaluate", help="judge a kernel and show the report")
+    evaluate.add_arguments(evaluate_parser)
+    evaluate_parser.set_defaults(run=evaluate.main)
     options = parser.parse_args(argv)
     options.run(options)

@@ -423,6 +423,7 @@ class UrabraskValidationReport(Contract):
     max_relative_error: float | None = None  # against float64, forward and gradients
     tags: tuple[str, ...] = ()
     risk_score: float = Field(default=1.0, ge=0, le=1)
+    risk_components: dict[str, float] = {}  # what the score is the sum of
     confidence: Confidence = Confidence.SPECULATIVE
     machine: str
     torch_version: str

@@ -3,7 +3,7 @@
 import pytest
 from urabrask_artifacts import residual_mlp
 
-from esper.contracts import Confidence, Measurement, Pipeline
+from esper.contracts import Confidence, KernelManifest, Measurement, Pipeline
 from esper.urabrask import tags
 
 MANIFEST, _ = residual_mlp()
@@ -34,17 +34,21 @@ def test_tags(speedup: float, memory_bytes: int, error: float, expected: tuple[s
     assert found == ("residual_mlp", *expected)
 
 
+def risk(manifest: KernelManifest, relative_error: float) -> float:
+    return tags.risk_score(tags.risk_components(manifest, relative_error))
+
+
 def test_risk_of_known_kernels() -> None:
     nothing = MANIFEST.model_copy(update={"num_parameters": 0})
-    assert tags.risk_score(nothing, 0.0) == 0.0
-    assert tags.risk_score(nothing, 1.0) == 0.5
+    assert risk(nothing, 0.0) == 0.0
+    assert risk(nothing, 1.0) == 0.5
     # Half of the logarithmic way from one rounding to a relative error of 1.
-    assert tags.risk_score(nothing, 2.0**-12) == 0.25
+    assert risk(nothing, 2.0**-12) == 0.25
     largest = nothing.model_copy(update={"num_parameters": 10_000_000})
-    assert tags.risk_score(largest, 0.0) == 0.3
-    assert tags.risk_score(largest.model_copy(update={"pipeline": Pipeline.STANDARD}), 0.0) == 0.4
+    assert risk(largest, 0.0) == 0.3
+    assert risk(largest.model_copy(update={"pipeline": Pipeline.STANDARD}), 0.0) == 0.4
     worst = largest.model_copy(update={"pipeline": Pipeline.AGGRESSIVE, "num_parameters": 10**9})
-    assert tags.risk_score(worst, 100.0) == 1.0
+    assert risk(worst, 100.0) == 1.0
 
 
 def test_confidence() -> None:
@@ -52,3 +56,26 @@ def test_confidence() -> None:
     assert tags.confidence(MANIFEST, random_training=False) is Confidence.HIGH
     assert tags.confidence(MANIFEST, random_training=True) is Confidence.MODERATE
     assert tags.confidence(half, random_training=False) is Confidence.MODERATE
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (0, ("residual_mlp", "high_speed", "low_memory", "numerically_stable")),
+        (3, ("residual_mlp", "high_speed", "low_memory", "numerically_stable")),
+        (4, ("residual_mlp", "medium_speed", "low_memory", "numerically_stable")),
+        (10, ("residual_mlp", "medium_speed", "numerically_stable")),
+        (14, ("residual_mlp", "low_speed", "numerically_stable")),
+        (19, ("residual_mlp", "low_speed", "high_memory", "numerically_stable")),
+    ],
+)
+def test_tags_among_peers(place: int, expected: tuple[str, ...]) -> None:
+    """The kernel has the latency and memory of the peer in that place of twenty."""
+    peers = [ranked(rank) for rank in range(20)]
+    found = ("residual_mlp", "low_speed", "high_memory", "numerically_stable")
+    assert tags.among_peers(found, peers, ranked(place)) == expected
+    assert tags.among_peers(found, peers[1:], ranked(place)) == found
+
+
+def ranked(rank: int) -> Measurement:
+    return measurement(1.0, 1000 + rank).model_copy(update={"forward_p50_us": 10.0 + rank})

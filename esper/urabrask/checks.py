@@ -25,7 +25,7 @@ from esper.urabrask.surroundings import TORCH_RANDOM
 _PLAIN_TENSOR = "torch.Tensor"
 _EXTREME_YARDSTICKS = 8.0  # where rounding decides which way an attention looks, or a pool
 _AUTOCAST_YARDSTICKS = 4.0
-_LEAK_BYTES = 16  # a call; the allocator's own books are quiet after a first block of calls
+_LEAK_BYTES = 16  # with each call
 _LEAK_BLOCKS = 1.0
 
 
@@ -182,18 +182,26 @@ def check_same(check: str, trial: Trial, again: Results, names: Sequence[str], w
     return passed(check, f"the same bits {what}")
 
 
-def check_held(held: Sequence[Held], rounds: int) -> Check:
-    """Look for memory that grows with every block of calls; the first block only warms up."""
-    series = {
-        "allocated_bytes": ([h.allocated_bytes for h in held[1:]], _LEAK_BYTES),
-        "python_blocks": ([h.python_blocks for h in held[1:]], _LEAK_BLOCKS),
-    }
-    for name, (values, least) in series.items():
-        steps = [after - before for before, after in pairwise(values)]
-        if min(steps) >= least * rounds:
-            reason = f"{name} grow by {min(steps)} or more in each {rounds} calls"
+def check_held(held: Sequence[Held], few: int, many: int) -> Check:
+    """Look for memory that grows with every call.
+
+    ``held`` are what the process held before, after ``few`` calls, after ``many`` more, after
+    ``few`` more, and so on: what a question itself leaves behind does not depend on how many calls
+    it asks for.
+    """
+    calls = many - few
+    for name, least in (("allocated_bytes", _LEAK_BYTES), ("python_blocks", _LEAK_BLOCKS)):
+        values: list[int] = [getattr(state, name) for state in held]
+        growth = [after - before for before, after in pairwise(values)]
+        excess = [of_many - of_few for of_few, of_many in _in_pairs(growth)]
+        if min(excess) >= least * calls:
+            reason = f"{name} grow by {min(excess) / calls:.1f} or more with each call"
             return failed("memory", reason, **{name: float(values[-1] - values[0])})
-    return passed("memory", f"does not grow over {len(held)} times {rounds} calls")
+    return passed("memory", f"does not grow over {len(held) // 2 * (few + many)} calls")
+
+
+def _in_pairs(values: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def _compare(

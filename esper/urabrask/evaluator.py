@@ -10,6 +10,8 @@ from esper.contracts import (
     Contract,
     KernelBundle,
     KernelCharacterized,
+    KernelManifest,
+    KernelQuery,
     KernelReady,
     KernelStatement,
     KernelStatus,
@@ -27,6 +29,7 @@ from esper.errors import (
 from esper.oona import Oona
 from esper.oona.attendance import attend
 from esper.tezzeret.pipelines import torch_release
+from esper.urabrask import tags
 from esper.urabrask.turn import device_to_itself
 from esper.urza import Library
 from esper.urza.tenure import unique_owner, while_leased
@@ -35,6 +38,7 @@ from esper.worker import WorkerProcess
 logger = logging.getLogger(__name__)
 
 _GROUP = "urabrask"
+_MOST_PEERS = 200
 _OWN_TIME_S = 60.0  # to start the worker and its sandbox, and to compute the references
 
 
@@ -74,6 +78,7 @@ class Urabrask:
         """
         bundle = await asyncio.to_thread(self._urza.fetch_kernel, artifact_id)
         report = await self._judge(artifact_id, bundle)
+        report = await asyncio.to_thread(self._tagged, report, bundle.record.manifest)
         statement = KernelStatement(
             artifact_id=artifact_id, status=report.status, report_digest=report.digest()
         )
@@ -134,6 +139,26 @@ class Urabrask:
             timeout_s=self._settings.timeout_s + _OWN_TIME_S,
         )
         return UrabraskValidationReport.model_validate(answer["report"])
+
+    def _tagged(
+        self, report: UrabraskValidationReport, manifest: KernelManifest
+    ) -> UrabraskValidationReport:
+        """Give a measured kernel its place among those for its site that this machine measured."""
+        if report.measurement is None:
+            return report
+        query = KernelQuery(
+            site=manifest.site, dtype=manifest.dtype, device=manifest.device, limit=_MOST_PEERS
+        )
+        others = (record.artifact_id for record in self._urza.query(query))
+        reports = [self._urza.report(other) for other in others if other != report.artifact_id]
+        peers = [
+            peer.measurement
+            for peer in reports
+            if peer.measurement is not None and peer.machine == report.machine
+        ]
+        return report.model_copy(
+            update={"tags": tags.among_peers(report.tags, peers, report.measurement)}
+        )
 
     async def _see_to(self, ready: Contract) -> None:
         assert isinstance(ready, KernelReady)

@@ -39,8 +39,8 @@ from esper.urabrask.questions import (
 )
 from esper.urabrask.sandbox import AnswerT, BreakoutError, Candidate, CandidateError
 
-_HOLD_BLOCKS = 5
-_HOLD_ROUNDS = 32
+_HOLD_PAIRS = 3
+_FEW_CALLS, _MANY_CALLS = 4, 68
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,12 @@ class Examination:
 
     def _watch_memory(self) -> None:
         given = self._draw(self._timed_case, chunk=False)
-        question = HoldQuestion(rounds=_HOLD_ROUNDS)
+        rounds = (_MANY_CALLS, *(_FEW_CALLS, _MANY_CALLS) * _HOLD_PAIRS)
         held = [
-            self._ask("memory", question, given.tensors(), Held)[0] for _ in range(_HOLD_BLOCKS)
+            self._ask("memory", HoldQuestion(rounds=count), given.tensors(), Held)[0]
+            for count in rounds
         ]
-        self._ledger.enter(checks.check_held(held, _HOLD_ROUNDS))
+        self._ledger.enter(checks.check_held(held, _FEW_CALLS, _MANY_CALLS))
 
     def _measure(self) -> tuple[Benchmark, Draw]:
         given = self._draw(self._timed_case, chunk=False)

@@ -10,7 +10,7 @@ import secrets
 import torch
 
 from esper.config import EvaluatorSettings
-from esper.contracts import KernelManifest, KernelStatus, UrabraskValidationReport
+from esper.contracts import Confidence, KernelManifest, KernelStatus, UrabraskValidationReport
 from esper.errors import ArtifactError, ArtifactMismatchError
 from esper.kasmina.native import mismatch
 from esper.trust import verify_files
@@ -120,6 +120,8 @@ def _passed(
     manifest: KernelManifest, ledger: Ledger, findings: Findings
 ) -> UrabraskValidationReport:
     relative_error = ledger.largest("relative_error")
+    risk = tags.risk_components(manifest, relative_error)
+    confidence = tags.confidence(manifest, findings.random_training)
     return UrabraskValidationReport(
         artifact_id=manifest.artifact_id,
         status=KernelStatus.VALIDATED if findings.decided else KernelStatus.UNDECIDED,
@@ -127,8 +129,9 @@ def _passed(
         measurement=findings.measurement,
         max_relative_error=relative_error,
         tags=tags.tags(manifest, findings.measurement, relative_error, findings.given_bytes),
-        risk_score=tags.risk_score(manifest, relative_error),
-        confidence=tags.confidence(manifest, findings.random_training),
+        risk_score=tags.risk_score(risk),
+        risk_components=risk,
+        confidence=confidence if findings.decided else Confidence.SPECULATIVE,
         machine=findings.device_name,
         torch_version=torch.__version__,
     )

@@ -1,10 +1,11 @@
-"""From measurements to tags, risk and confidence, by fixed rules.
+"""From measurements to tags, risk and confidence, by rules.
 
 Speed tags follow the clock and may differ between two evaluations. The verdict, the risk score
 (by which the library ranks) and the confidence do not: they follow from what is deterministic.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 from esper.contracts import Confidence, KernelManifest, Measurement, Pipeline
 
@@ -12,6 +13,7 @@ HIGH_SPEED = 1.1  # times eager; the least for which a compiled variant is worth
 MEDIUM_SPEED = 0.9
 LOW_MEMORY = 2.0  # times the bytes of inp, act and the parameters
 HIGH_MEMORY = 4.0
+ENOUGH_PEERS = 20
 
 # Largest relative error of one rounding.
 _ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -50,15 +52,41 @@ def memory_tag(ratio: float) -> str | None:
     return "high_memory" if ratio >= HIGH_MEMORY else None
 
 
+def among_peers(
+    found: Sequence[str], peers: Sequence[Measurement], own: Measurement
+) -> tuple[str, ...]:
+    """Replace the tags of speed and memory by the kernel's place among its peers.
+
+    ``peers`` are what was measured of other kernels for the same site on the same machine; with
+    fewer than :data:`ENOUGH_PEERS` the fixed thresholds stand. The fastest 20 percent are
+    ``high_speed``, up to 70 percent ``medium_speed``, the rest ``low_speed``; the 25 percent that
+    take least memory are ``low_memory``, the 25 percent that take most ``high_memory``.
+    """
+    if len(peers) < ENOUGH_PEERS:
+        return tuple(found)
+    faster = sum(peer.forward_p50_us < own.forward_p50_us for peer in peers) / len(peers)
+    smaller = sum(peer.memory_bytes < own.memory_bytes for peer in peers) / len(peers)
+    larger = sum(peer.memory_bytes > own.memory_bytes for peer in peers) / len(peers)
+    speed = "high_speed" if faster < 0.2 else "medium_speed" if faster < 0.7 else "low_speed"
+    memory = ["low_memory"] if smaller < 0.25 else ["high_memory"] if larger < 0.25 else []
+    kept = [tag for tag in found if not tag.endswith(("_speed", "_memory"))]
+    return (*kept[:1], speed, *memory, *kept[1:])
+
+
 def stability_tag(dtype: str, relative_error: float) -> str | None:
     stable = relative_error <= _STABLE_ROUNDINGS[dtype] * _ROUNDING[dtype]
     return "numerically_stable" if stable else None
 
 
-def risk_score(manifest: KernelManifest, relative_error: float) -> float:
-    """Return how much could go wrong with a validated kernel, in [0, 1], to two decimals.
+def risk_score(components: Mapping[str, float]) -> float:
+    """Return how much could go wrong with a validated kernel, in [0, 1], to two decimals."""
+    return round(sum(components.values()), 2)
 
-    ``0.5 * error + 0.3 * size + 0.2 * complexity``, each in [0, 1]: the logarithm of the relative
+
+def risk_components(manifest: KernelManifest, relative_error: float) -> dict[str, float]:
+    """Return what the risk is the sum of: ``error``, ``size`` and ``complexity``.
+
+    Up to 0.5, 0.3 and 0.2: the logarithm of the relative
     error between one rounding (0) and 1 (1); the logarithm of the number of parameters, up to ten
     million; and 0, 0.5 or 1 for the pipelines FAST, STANDARD and AGGRESSIVE, the last two of
     which run machine code of their own. A rejected kernel has risk 1.
@@ -67,7 +95,11 @@ def risk_score(manifest: KernelManifest, relative_error: float) -> float:
     error = math.log(max(relative_error, least) / least) / math.log(1 / least)
     size = math.log1p(manifest.num_parameters) / math.log1p(_LARGEST_PARAMETERS)
     complexity = _COMPLEXITY[manifest.pipeline]
-    return round(0.5 * min(error, 1.0) + 0.3 * min(size, 1.0) + 0.2 * complexity, 2)
+    return {
+        "error": 0.5 * min(error, 1.0),
+        "size": 0.3 * min(size, 1.0),
+        "complexity": 0.2 * complexity,
+    }
 
 
 def confidence(manifest: KernelManifest, random_training: bool) -> Confidence:

@@ -1,0 +1,80 @@
+"""``esper evaluate``: judge a kernel, and show the report to people.
+
+By id the kernel comes from a library, and the signed verdict is recorded there, as the pipeline
+does. A path names a folder with ``manifest.json`` and the files that it names; that verdict is
+shown and kept nowhere.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from esper.config import EvaluatorSettings
+from esper.contracts import KernelManifest, KernelStatus, UrabraskValidationReport
+from esper.errors import ArtifactError, EsperError
+from esper.urabrask.evaluator import Urabrask
+from esper.urabrask.gauntlet import Gauntlet
+from esper.urabrask.presentation import show
+from esper.urabrask.sandbox import Sandbox
+from esper.urza.library import Urza
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_WIDTH_IN_HTML = 140
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kernel", help="id of a kernel in the library, or folder of an artifact")
+    parser.add_argument(
+        "--library",
+        type=Path,
+        help="folder of the library, for an id (default: $URZA_URL and $URZA_BLOBS)",
+    )
+    parser.add_argument("--html", type=Path, help="write the report as an HTML page, too")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print the report. Exit status 0 for VALIDATED, 1 for another verdict, 2 for none."""
+    try:
+        report = _evaluate(options)
+    except (EsperError, ValueError, OSError) as error:
+        print(f"esper evaluate: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(report, Console())
+    if options.html is not None:
+        with Path(os.devnull).open("w") as nowhere:
+            page = Console(record=True, width=_WIDTH_IN_HTML, file=nowhere, force_terminal=True)
+            show(report, page)
+            page.save_html(str(options.html))
+    if report.status is not KernelStatus.VALIDATED:
+        sys.exit(1)
+
+
+def _evaluate(options: argparse.Namespace) -> UrabraskValidationReport:
+    if _ID.fullmatch(options.kernel):
+        return asyncio.run(_evaluate_in_library(options.kernel, options.library))
+    manifest, files = read_artifact(Path(options.kernel))
+    settings = EvaluatorSettings()
+    with Sandbox(settings) as sandbox:
+        return Gauntlet(settings, sandbox).run(manifest, files)
+
+
+async def _evaluate_in_library(artifact_id: str, folder: Path | None) -> UrabraskValidationReport:
+    with Urza(folder) as urza:
+        async with Urabrask(urza) as urabrask:
+            return await urabrask.evaluate(artifact_id)
+
+
+def read_artifact(folder: Path) -> tuple[KernelManifest, dict[str, bytes]]:
+    """Read ``manifest.json`` and the files that it names."""
+    try:
+        manifest = KernelManifest.model_validate_json((folder / "manifest.json").read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(f"{folder / 'manifest.json'}: {error}") from None
+    # Only the last part of a name: a manifest does not reach outside of its folder.
+    return manifest, {name: (folder / Path(name).name).read_bytes() for name in manifest.files}

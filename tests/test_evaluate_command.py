@@ -1,0 +1,59 @@
+"""``esper evaluate`` shows the verdict on a folder, and records the one on a kernel by id."""
+
+from pathlib import Path
+
+import pytest
+from test_urabrask_evaluator import publish
+from urabrask_artifacts import ACT, Artifact, artifact, graph, residual_mlp
+
+from esper.cli import main
+from esper.contracts import KernelStatus
+from esper.urza import Urza
+
+
+def written(specimen: Artifact, folder: Path) -> Path:
+    manifest, files = specimen
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_a_folder_is_judged_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, page = written(residual_mlp(), tmp_path / "kernel"), tmp_path / "page.html"
+    main(["evaluate", str(folder), "--html", str(page)])
+    shown = capsys.readouterr().out
+    assert f"kernel {residual_mlp()[0].artifact_id}: VALIDATED" in shown.replace("\n", "")
+    assert "second_backward" in shown
+    assert "samples/s" in shown
+    html = page.read_text()
+    assert html.startswith("<!DOCTYPE html>")
+    assert "second_backward" in html
+
+
+def test_a_kernel_by_id_is_judged_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logarithm = graph(("aten.log.default", (ACT,)))
+    with Urza(tmp_path) as urza:
+        artifact_id = publish(urza, artifact(logarithm, logarithm))
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", artifact_id, "--library", str(tmp_path)])
+        assert ended.value.code == 1
+        assert urza.kernel(artifact_id).status is KernelStatus.REJECTED
+    assert "is not finite in float64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("manifest", "said"), [(None, "No such file"), ("{}", "manifest.json: ")])
+def test_what_is_no_artifact_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: str | None, said: str
+) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("esper evaluate: ")
+    assert said in error
