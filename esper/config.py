@@ -53,7 +53,7 @@ class EvaluatorSettings(Contract):
     poll_interval_s: float = Field(default=5.0, gt=0)  # between two looks at what waits
     batch_sizes: tuple[int, ...] = Field(default=(1, 7, 32), min_length=1)
     timed_batch_size: int = 32
-    timed_rounds: int = Field(default=30, ge=5)  # in a block, at the least
+    timed_rounds: int = Field(default=3, ge=1)  # in a block, at the least
     timed_block_s: float = Field(default=0.05, gt=0)  # that a block lasts, at the least
     timed_blocks: int = Field(default=5, ge=3)
     max_spread: float = Field(default=0.5, gt=0)  # of the blocks' medians; wider is UNDECIDED

@@ -21,7 +21,12 @@ from esper.contracts import (
     KernelStatus,
     Topic,
 )
-from esper.errors import ArtifactIntegrityError, ArtifactNotFoundError, WorkerError
+from esper.errors import (
+    ArtifactIntegrityError,
+    ArtifactNotFoundError,
+    ArtifactNotValidatedError,
+    WorkerError,
+)
 from esper.oona import MemoryBus
 from esper.tezzeret.pipelines import torch_release
 from esper.trust import verify_bundle
@@ -29,7 +34,7 @@ from esper.urabrask import Urabrask
 from esper.urabrask.turn import device_to_itself, lock_path
 from esper.urza import Urza
 
-SETTINGS = EvaluatorSettings(timeout_s=10.0, batch_sizes=(1, 7), timed_rounds=5)
+SETTINGS = EvaluatorSettings(timeout_s=30.0, batch_sizes=(1, 7), timed_block_s=0.01)
 
 
 @pytest.fixture
@@ -254,3 +259,30 @@ async def test_a_bundle_of_another_artifact_gets_no_verdict(
 async def test_unknown_kernels_are_an_error(urabrask: Urabrask) -> None:
     with pytest.raises(ArtifactNotFoundError):
         await urabrask.evaluate("0" * 64)
+
+
+async def test_an_undecided_kernel_gets_another_chance(urza: Urza) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    unsteady = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
+    async with Urabrask(urza, settings=unsteady) as other:
+        await other.evaluate(artifact_id)
+    assert urza.kernel(artifact_id).status is KernelStatus.UNDECIDED
+    with pytest.raises(ArtifactNotValidatedError, match="is UNDECIDED"):
+        verify_bundle(urza.fetch_kernel(artifact_id), urza.trusted_key)
+    async with Urabrask(urza, settings=SETTINGS) as other:
+        await other.run()
+    assert urza.kernel(artifact_id).status is KernelStatus.VALIDATED
+
+
+async def test_an_undecided_kernel_is_left_alone_for_a_while(urza: Urza) -> None:
+    artifact_id = publish(urza, residual_mlp())
+    unsteady = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
+    async with Urabrask(urza, settings=unsteady) as other:
+        await other.run()
+        report_digest = urza.kernel(artifact_id).statement.report_digest
+        await other.run()
+    async with Urabrask(urza, settings=SETTINGS) as another:
+        await another.run()
+    kernel = urza.kernel(artifact_id)
+    assert kernel.status is KernelStatus.UNDECIDED
+    assert kernel.statement.report_digest == report_digest

@@ -1,15 +1,20 @@
 """Reports say what was checked and measured; ``tests/test_zoo.py`` tries each way of being wrong."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from urabrask_artifacts import Artifact, batch_normed, residual_mlp
 
 from esper.config import EvaluatorSettings
 from esper.contracts import Confidence, KernelStatus, UrabraskValidationReport
 from esper.errors import ArtifactIntegrityError, ArtifactMismatchError
+from esper.kasmina.program import Program
 from esper.urabrask.gauntlet import Gauntlet
+from esper.urabrask.inputs import draw
+from esper.urabrask.oracle import Oracle
 from esper.urabrask.sandbox import Sandbox
 
 SETTINGS = EvaluatorSettings(
@@ -125,3 +130,35 @@ def test_cuda_artifacts_need_cuda(sandbox: Sandbox) -> None:
     manifest, files = residual_mlp()
     with pytest.raises(ArtifactMismatchError, match="is for cuda"):
         examine(sandbox, (manifest.model_copy(update={"device": "cuda"}), files))
+
+
+def test_a_measurement_that_is_too_unsteady_is_undecided(sandbox: Sandbox) -> None:
+    unsteady = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
+    report = Gauntlet(unsteady, sandbox).run(*residual_mlp())
+    assert report.status is KernelStatus.UNDECIDED
+    assert report.confidence is Confidence.SPECULATIVE
+    assert all(check.passed for check in report.checks)
+    assert report.checks[-1].reason.startswith("undecided in ")
+
+
+def test_says_what_held_the_candidate_and_what_was_hidden(sandbox: Sandbox) -> None:
+    first, second = (examine(sandbox, residual_mlp()) for _ in range(2))
+    assert first.sandbox.startswith("rlimits, seccomp")
+    assert first.hidden_seed != second.hidden_seed
+    assert sum(first.risk_components.values()) == pytest.approx(first.risk_score, abs=0.01)
+
+
+def test_a_reference_whose_gradients_are_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, files = residual_mlp()
+    oracle = Oracle(manifest, files)
+    given = draw(manifest, 3, torch.Generator().manual_seed(0), chunk=False)
+    assert oracle.gradcheck(given, oracle.state) is None
+
+    interpret = Program.interpret
+
+    def wrong(program: Program, *args: Any, **kwargs: Any) -> Tensor:
+        out = interpret(program, *args, **kwargs)
+        return out.detach() + 1.01 * (out - out.detach())
+
+    monkeypatch.setattr(Program, "interpret", wrong)
+    assert "Jacobian" in (oracle.gradcheck(given, oracle.state) or "")

@@ -72,3 +72,12 @@ def test_header_must_be_an_object() -> None:
 def test_reading_a_stream() -> None:
     stream = io.BytesIO(wire.pack(NONCE, {"do": "run"}, {}))
     assert wire.read_frame(stream.read, LIMIT).header == {"do": "run"}
+
+
+def test_an_answer_bears_the_seal_of_its_question() -> None:
+    key, answer = b"k" * 32, wire.seal(b"k" * 32, NONCE, {"do": "run"}, {"x": torch.ones(2)})
+    assert read(answer).header == {"do": "run"}
+    assert wire.is_sealed(answer, key, NONCE)
+    assert not wire.is_sealed(answer, b"another", NONCE)
+    assert not wire.is_sealed(answer, key, bytes(16))
+    assert not wire.is_sealed(answer[:-1] + b"\xff", key, NONCE)

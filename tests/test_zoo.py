@@ -120,13 +120,16 @@ def main() -> None:
     for run in range(options.runs):
         for kind, name in specimens:
             if found := fault(keeper, kind, name):
-                faults[f"{kind} {name}: {found}"] += 1
-        print(f"run {run + 1}: {faults.total()} faults, {time.monotonic() - started:.0f} s")
+                faults[name] += 1
+                print(f"{kind} {name}: {found}", flush=True)
+        print(
+            f"run {run + 1}: {faults.total()} faults, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
     keeper.close()
     for process in beside:
         process.kill()
-    print(f"{options.runs * len(specimens)} verdicts, {faults.total()} wrong")
-    print("\n".join(f"{count} x {what}" for what, count in faults.most_common()))
+    print(f"{options.runs * len(specimens)} verdicts, {faults.total()} wrong: {dict(faults)}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from esper.urabrask.questions import (
 )
 from esper.urabrask.sandbox import AnswerT, BreakoutError, Candidate, CandidateError
 
+_HELD_BATCH = 2
 _HOLD_PAIRS = 3
 _FEW_CALLS, _MANY_CALLS = 4, 68
 
@@ -78,10 +79,14 @@ class Examination:
     def conduct(self, files: Mapping[str, bytes], loader: str) -> Findings:
         device_name = self._load(files, loader)
         tried = self._try_all(cases(self._settings.batch_sizes, self._oracle.trains_differently))
-        last = next(trial for trial in reversed(tried) if not trial.case.training)
+        # What differs in training is tried there, unless it is random.
+        training = self._oracle.trains_differently and not self._random_training
+        last = next(trial for trial in reversed(tried) if trial.case.training is training)
         self._check_reference(next(trial for trial in tried if trial.case.perturbed))
         self._repeat(tried, last)
-        self._try_all(hidden_cases(self._random("hidden cases", hidden=True)))
+        random = self._random("hidden cases", hidden=True)
+        flops = self._manifest.flops_per_sample
+        self._try_all(hidden_cases(random, flops, training=training))
         self._try_in_other_ways(last)
         self._watch_memory()
         benchmark, given = self._measure()
@@ -193,7 +198,7 @@ class Examination:
         self._ledger.enter(checks.check_autocast(ran, reference, yardstick))
 
     def _watch_memory(self) -> None:
-        given = self._draw(self._timed_case, chunk=False)
+        given = self._draw(replace(self._timed_case, batch_size=_HELD_BATCH), chunk=False)
         rounds = (_MANY_CALLS, *(_FEW_CALLS, _MANY_CALLS) * _HOLD_PAIRS)
         held = [
             self._ask("memory", HoldQuestion(rounds=count), given.tensors(), Held)[0]

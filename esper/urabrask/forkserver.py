@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def _confine(job: dict[str, Any], scratch: str, channel_fd: int, log_fd: int) ->
     os.chdir(scratch)
     os.environ.clear()
     os.environ.update(HOME=scratch, TMPDIR=scratch)
+    tempfile.tempdir = scratch  # it may have looked for one before
     for limited, limit in _limits(job).items():
         _limit(limited, limit, limit)
     if landlock.version():

@@ -41,7 +41,7 @@ class Gauntlet:
         self._loader = loader
 
     def run(self, manifest: KernelManifest, files: dict[str, bytes]) -> UrabraskValidationReport:
-        """Return the verdict; apart from what follows the clock, the same one every time.
+        """Return the verdict; its numbers, but those that follow the clock, are always the same.
 
         Raises ``ArtifactIntegrityError`` if the files are not those of the manifest, and
         ``ArtifactMismatchError`` if only another machine could tell: neither says anything about

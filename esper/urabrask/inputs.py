@@ -35,6 +35,7 @@ class Band(StrEnum):
 
 _FACTORS = {Band.SMALL: 1e-3, Band.LARGE: 1e3}
 _OUTLIERS = 30.0
+_HIDDEN_FLOPS = 10**10
 _LARGE_BATCH = 150  # at the least, and less than as much again
 
 
@@ -71,16 +72,22 @@ def cases(batch_sizes: Sequence[int], trains_differently: bool) -> Iterator[Case
             yield Case(batch_size, perturbed=True, training=True)
 
 
-def hidden_cases(random: torch.Generator) -> Iterator[Case]:
-    """Yield what no kernel can prepare for: other shapes, layouts and magnitudes."""
+def hidden_cases(
+    random: torch.Generator, flops_per_sample: int, *, training: bool
+) -> Iterator[Case]:
+    """Yield what no kernel can prepare for: other shapes, layouts and magnitudes.
+
+    A batch is only so large that the reference is computed within seconds.
+    """
     prime = _PRIMES[_below(len(_PRIMES), random)]
     large = _LARGE_BATCH + _below(_LARGE_BATCH, random)
-    evaluated = Case(prime, perturbed=True, training=False, hidden=True)
-    yield replace(evaluated, batch_size=0)
-    yield replace(evaluated, strided=True)
-    yield replace(evaluated, batch_size=large)
+    affordable = _HIDDEN_FLOPS // max(1, flops_per_sample)
+    case = Case(prime, perturbed=True, training=training, hidden=True)
+    yield replace(case, batch_size=0, training=False)  # of which no batch norm has a variance
+    yield replace(case, strided=True)
+    yield replace(case, batch_size=min(large, max(affordable, _PRIMES[-1] + 1)))
     for band in (Band.SPARSE, Band.SMALL, Band.LARGE, Band.DENORMAL):
-        yield replace(evaluated, band=band)
+        yield replace(case, band=band)
 
 
 def _below(limit: int, random: torch.Generator) -> int:

@@ -16,7 +16,7 @@ from esper.contracts import Check, Measurement
 from esper.urabrask.ledger import passed
 from esper.urabrask.questions import Timed, TimeQuestion
 
-_WARMUP_ROUNDS = 3  # of a block, not counted
+_WARMUP_ROUNDS = 1  # of a block, not counted
 _MOST_ROUNDS = 2000
 _LEAST_CLAIM = 0.3  # of the processor time: the rest goes into inputs, and into the harness
 _FRAMING_S = 0.005  # to read the question and to write the answer

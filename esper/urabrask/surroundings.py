@@ -103,7 +103,7 @@ def _of_python() -> dict[str, object]:
         "the import path": (*sys.path, *map(id, sys.meta_path)),
         "standard output": (id(sys.stdout), id(sys.stderr)),
         "signal handlers": tuple(map(signal.getsignal, _WATCHED_SIGNALS)),
-        "timers": signal.getitimer(signal.ITIMER_REAL),
+        "a timer": signal.getitimer(signal.ITIMER_REAL)[0] > 0,
         "trace functions": (sys.gettrace(), sys.getprofile()),
         "garbage collection": (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
         "the recursion limit": sys.getrecursionlimit(),
