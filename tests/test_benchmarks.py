@@ -516,7 +516,8 @@ def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 @pytest.mark.timeout(600)  # the run itself, on a machine that others load
 def test_a_quick_run_writes_every_row(quick_rows: list[Row], kernels: Kernels) -> None:
-    assert [case for case, _ in itertools.groupby(row.case for row in quick_rows)] == list(CASES)
+    quick_cases = [case for case in CASES if case != "compile"]  # which takes minutes at least
+    assert [case for case, _ in itertools.groupby(row.case for row in quick_rows)] == quick_cases
     names = [(row.case, row.row) for row in quick_rows]
     assert len(set(names)) == len(names)
     for row in quick_rows:
