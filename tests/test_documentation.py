@@ -21,7 +21,7 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     exec(compile(source, "README.md", "exec"), scope)
     assert scope["model"].kasmina.step_count == 9
     assert scope["model"].kasmina.epoch == 3
-    assert (tmp_path / "keys" / "evaluator.pem").exists()
+    assert (tmp_path / "library.sqlite").exists()
 
 
 def test_the_quickstart_runs(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from urza_backends import LOCAL, Place
-from urza_samples import UNKNOWN, audited, blueprint, submit
+from urza_samples import UNKNOWN, audited, blueprint, judge, publish, submit
 
-from esper.contracts import BlueprintRecord, BlueprintStatus
+from esper.contracts import BlueprintRecord, BlueprintStatus, ForgeQueue, KernelStatus, Lease
 from esper.errors import ArtifactNotFoundError, LeaseError, LibraryError
 from esper.urza import Urza
 
@@ -256,3 +256,19 @@ def test_many_forges_share_the_work(urza: Urza) -> None:
     assert len(claimed) == len(submitted), "nothing is compiled twice"
     assert set(claimed) == submitted == set(urza.blueprints(COMPILED))
     urza.verify()
+
+
+def test_the_status_counts_what_there_is_and_names_who_compiles(urza: Urza) -> None:
+    assert urza.status() == ForgeQueue(blueprints={}, kernels={}, leases=())
+    submit(urza, "waiting")
+    publish(urza, "compiling")
+    judge(urza, publish(urza, "compiled"))
+    compiling = blueprint("compiling").blueprint_id
+    urza.claim_blueprint("forge 1", LONG_S, blueprint_id=compiling)
+    expires_at = urza.blueprint_record(compiling).lease_expires_at
+    assert expires_at is not None
+    assert urza.status() == ForgeQueue(
+        blueprints={UNVALIDATED: 2, COMPILING: 1},
+        kernels={KernelStatus.PENDING_BENCHMARKING: 1, KernelStatus.VALIDATED: 1},
+        leases=(Lease(blueprint_id=compiling, owner="forge 1", expires_at=expires_at),),
+    )

@@ -57,7 +57,7 @@ def test_another_status_is_refused(urza: Urza, status: KernelStatus) -> None:
         ArtifactNotValidatedError,
         match=f"^kernel {artifact_id} is {status}; only VALIDATED kernels may be loaded$",
     ):
-        verify_bundle(urza.fetch_kernel(artifact_id), urza.trusted_key)
+        verify_bundle(urza.fetch_kernel(artifact_id), urza.evaluator_key.trusted())
 
 
 def test_a_swapped_manifest_is_refused(bundle: KernelBundle, trusted: TrustedKey) -> None:
