@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +37,7 @@ from esper.urza.access import Tokens
 from esper.urza.client import UrzaClient
 from esper.urza.failures import STATUS_OF, heard, told
 from esper.urza.messages import BlueprintSubmission, KernelUpload, SignedReport
-from esper.urza.server import create_app
+from esper.urza.server import create_app, listen
 
 MAX_BODY_BYTES = 100_000
 ROUTES, EXAMPLES = 26, 8
@@ -287,6 +288,15 @@ def test_an_oversized_body_without_a_length_is_refused(http: httpx.Client) -> No
     headers = {"Content-Type": "application/json"}
     answer = http.post("/api/v1/blueprints", content=chunks, headers=headers)
     assert (answer.status_code, answer.json()["error"]) == (413, "TooLargeError")
+
+
+def test_an_answer_s_body_does_not_wait_for_its_head_to_be_acknowledged() -> None:
+    with (
+        listen("127.0.0.1", 0, Tokens([])) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # ------------------------------------------------------------------ counts

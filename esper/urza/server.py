@@ -95,6 +95,10 @@ def listen(host: str, port: int, tokens: Tokens) -> socket.socket:
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise LibraryError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    # Connections inherit it; asyncio does not set it for a socket that was made without a protocol,
+    # and then an answer's body waits 40 ms for its head to be acknowledged.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
