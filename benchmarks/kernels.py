@@ -59,9 +59,9 @@ class Kernels:
         self, net: nn.Module, inp: Tensor, seeds: Seeds, design: str, *, seeds_per_layer: int
     ) -> MorphableModel:
         """Return a copy of ``net`` with kernels in ``seeds``, in GRAFTING at alpha 1."""
-        model = self._wrapped(net, inp, seeds_per_layer)
+        model = self.wrapped(net, inp, seeds_per_layer)
         for layer, seed_idx in _places(model, seeds):
-            artifact_id = self._artifact(design, layer.site(seed_idx))
+            artifact_id = self.artifact(design, layer.site(seed_idx))
             if not self._runner.run(layer.load_kernel(seed_idx, artifact_id, alpha=1.0)):
                 raise RuntimeError(f"{layer.seed_name(seed_idx)}: {design} was not loaded")
             _randomize(layer, seed_idx)
@@ -72,10 +72,10 @@ class Kernels:
         self, net: nn.Module, inp: Tensor, seeds: Seeds, design: str, *, seeds_per_layer: int
     ) -> MorphableModel:
         """Return a copy of ``net`` with kernels in ``seeds``, in TRAINING for ever."""
-        model = self._wrapped(net, inp, seeds_per_layer)
+        model = self.wrapped(net, inp, seeds_per_layer)
         strategy = GraftingStrategy(training_steps=FOR_EVER)
         for layer, seed_idx in _places(model, seeds):
-            artifact_id = self._artifact(design, layer.site(seed_idx))
+            artifact_id = self.artifact(design, layer.site(seed_idx))
             layer.request_germination(seed_idx, artifact_id, strategy)
         model.step()  # waits for the kernels, as the settings say
         for layer, seed_idx in _places(model, seeds):
@@ -105,18 +105,20 @@ class Kernels:
         self, net: nn.Module, inp: Tensor, layer_name: str, design: str, *, seeds_per_layer: int
     ) -> tuple[MorphableModel, str]:
         """Return a dormant copy of ``net``, and the artifact of a kernel for a layer's first seed."""
-        model = self._wrapped(net, inp, seeds_per_layer)
+        model = self.wrapped(net, inp, seeds_per_layer)
         return model, self._artifact(design, model.kasmina_layers[layer_name].site(0))
 
-    def _wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
+    def wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
+        """Return a wrapped copy of ``net``, connected to the library; steps wait for kernels."""
         update = {"seeds_per_layer": seeds_per_layer, "deterministic": True}
         model = esper.wrap(copied(net), settings=NEVER_OBSERVED.model_copy(update=update))
         model(inp)
         model.attach_optimizer(torch.optim.SGD(net.parameters()))  # else it warns; never stepped
-        model.connect(self._opened_library())
+        model.connect(self.library())
         return model
 
-    def _opened_library(self) -> esper.Urza:
+    def library(self) -> esper.Urza:
+        """Return the library that all kernels of the run are in."""
         if self._library is None:
             self._library = self._runner.run(self._open_library())
         return self._library
@@ -130,7 +132,8 @@ class Kernels:
         self._evaluator = await self._stack.enter_async_context(esper.Urabrask(library))
         return library
 
-    def _artifact(self, design: str, site: SiteSignature) -> str:
+    def artifact(self, design: str, site: SiteSignature) -> str:
+        """Return the id of the design's VALIDATED kernel for a site; it is made when it is new."""
         key = (design, site)
         if key not in self._artifacts:
             self._artifacts[key] = self._runner.run(self._make(design, site))

@@ -64,7 +64,7 @@ def run_case(case: Case, plan: Plan, kernels: Kernels, status: Status) -> list[F
     for number, trial in enumerate(trials, 1):
         status.update(f"timing {number} of {len(trials)}: {trial.name}")
         findings += trial.report(measure(trial, plan, rng))
-    return findings + list(case.counts(plan))
+    return [*findings, *case.samples(plan, kernels), *case.counts(plan)]
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
