@@ -1,6 +1,7 @@
 """STANDARD and AGGRESSIVE: what is compiled, what is kept of it, and what is refused."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import forge_samples as samples
 import native_artifacts
@@ -20,7 +21,7 @@ from esper.tezzeret import attempts, inductor
 from esper.tezzeret.inductor import UnsuitableError, Variant, compile_step
 from esper.tezzeret.pipelines import Delivery, deliver
 from esper.tezzeret.trace import trace
-from esper.tezzeret.trial import Bench, WrongResultError
+from esper.tezzeret.trial import BATCH_SIZE, Bench, WrongResultError
 from esper.tezzeret.variants import STANDARD, variants
 from esper.urabrask.gauntlet import Gauntlet
 from esper.urabrask.sandbox import Sandbox
@@ -59,8 +60,8 @@ TRACED = [
     (site, design)
     for site, design in PLANTINGS
     if site in ("linear", "sequence", "conv2d", "embedding")
-    # The mean of a convolution's input: nothing that is kept has its size.
-    and (site, design) != ("conv2d", "channel_attention")
+    # The mean over the input's positions: nothing that is kept has their number.
+    and (site == "embedding" or design != "channel_attention")
 ]
 
 
@@ -99,6 +100,18 @@ def test_sizes_that_follow_from_others() -> None:
     assert shapes(16, 12, out=(7, 12))
     assert not shapes(17, 12, out=(7, 12))
     assert not shapes(15, 12, out=(1, 12))  # which PyTorch would broadcast
+
+
+@pytest.mark.usefixtures("plan_only")
+def test_a_size_that_the_compiler_fixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(traced: inductor._Traced, graph: object, variant: Variant, folder: Path) -> bytes:
+        assert int(traced.inputs[0].shape[0]) == BATCH_SIZE  # which Inductor does for some
+        return b""
+
+    monkeypatch.setattr(inductor._Traced, "compile", compiled)
+    kernel = samples.kernel(GATED)
+    with pytest.raises(UnsuitableError, match="the compiler fixes a size that varies, to 32"):
+        plan_of(kernel, *Bench(kernel).example())
 
 
 @pytest.mark.parametrize(

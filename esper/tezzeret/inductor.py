@@ -72,13 +72,15 @@ def compile_step(kernel: Kernel, inp: Tensor, act: Tensor, variant: Variant) -> 
     forward, backward = _partition(traced.joint)
     saved_inputs, num_saved = _hand_over(forward, backward)
     gradients = _keep_new_results(backward)
-    plan = StepPlan(traced.layout(), saved_inputs, num_saved, gradients)
     with tempfile.TemporaryDirectory(prefix="esper-forge-") as folder:
-        return {
-            PLAN_FILE: plan.to_json(),
+        libraries = {
             FORWARD_FILE: traced.compile(forward, variant, Path(folder) / "forward"),
             BACKWARD_FILE: traced.compile(backward, variant, Path(folder) / "backward"),
         }
+    # Only now, as Inductor too makes assumptions about sizes.
+    traced.refuse_fixed_sizes()
+    plan = StepPlan(traced.layout(), saved_inputs, num_saved, gradients)
+    return libraries | {PLAN_FILE: plan.to_json()}
 
 
 def refuse_unsuitable(kernel: Kernel) -> None:
@@ -98,6 +100,7 @@ class _Traced:
         self.sizes = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.sizes)
         site = kernel.manifest.site
+        self._shapes = (site.inp_shape, site.act_shape)
         self.inputs = [
             self._open(inp, site.inp_shape),
             self._open(act, site.act_shape),
@@ -110,12 +113,19 @@ class _Traced:
         self.joint = self._trace(kernel)
 
     def layout(self) -> Layout:
-        """Return what ``inp`` and ``act`` have to look like."""
+        """Return what ``inp`` and ``act`` have to look like, as far as is known by now."""
         tensors = tuple(
             TensorLayout(*(tuple(self._written(n) for n in ns) for ns in (t.shape, t.stride())))
             for t in self.inputs[:2]
         )
         return Layout(tensors, tuple(self._relations()))
+
+    def refuse_fixed_sizes(self) -> None:
+        """Raise :class:`UnsuitableError` where a size that the site leaves open no longer is."""
+        for tensor, shape in zip(self.inputs, self._shapes, strict=False):
+            for size, given in zip(tensor.shape, shape, strict=True):
+                if given is None and isinstance(number := self._written(size), int):
+                    raise UnsuitableError(f"the compiler fixes a size that varies, to {number}")
 
     def compile(self, graph: fx.GraphModule, variant: Variant, folder: Path) -> bytes:
         """Return the library that computes ``graph``."""
