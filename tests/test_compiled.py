@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper import blueprints
-from esper.blueprints.example import example_inputs
 from esper.contracts import KernelBundle, KernelRecord, KernelStatement, KernelStatus
 from esper.errors import ArtifactError, ArtifactIntegrityError
 from esper.kasmina import compiled, native
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.compiled import CompiledStep
+from esper.kasmina.example import example_inputs
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.loader import KernelLoader
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from esper.blueprints.example import example_inputs
 from esper.contracts import Speedup
 from esper.kasmina.compiled import CompiledStep
+from esper.kasmina.example import example_inputs
 from esper.kasmina.kernel import Kernel
 
 BATCH_SIZE = 32
