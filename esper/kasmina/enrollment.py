@@ -62,6 +62,7 @@ class Enrollment:
     def __init__(self, layers: "Mapping[str, KasminaLayer]"):
         self.layers = layers
         self.attachments: list[Attachment] = []
+        self._taken: set[tuple[Any, ...]] = set()  # what an optimizer has been seen to take
 
     def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
         """Take in an optimizer, in the place of those that have parameters in common with it.
@@ -92,12 +93,16 @@ class Enrollment:
     def check(self, layer: "KasminaLayer", kernel: Kernel) -> None:
         """Raise :class:`EsperError` if the optimizers do not take a kernel for ``layer``.
 
-        They are asked by a step of a new optimizer of the same class and options on zeros.
+        They are asked by a step of a new optimizer of the same class and options on zeros, once for
+        each kind of kernel. Any thread.
         """
         if not self.attachments:
             return
         for place, weights in self._places(layer, kernel.weights()):
-            _check_takes(place, weights)
+            kind = (type(place.optimizer), _options(place.group), *map(_described, weights))
+            if kind not in self._taken:
+                _check_takes(place, weights)
+                self._taken.add(kind)
 
     def enroll(self, layer: "KasminaLayer", seat: Seat) -> None:
         """Add a seat's parameters, if they are not there yet."""
@@ -188,6 +193,17 @@ def _by_nearness(
         return position != here, -shared, abs(position - here)
 
     yield from (other for _, other in sorted(enumerate(order), key=distance))
+
+
+def _options(group: Group) -> tuple[Any, ...]:
+    """Return what may make an optimizer refuse a parameter; learning rates change all the time."""
+    passing = ("params", "param_names", "lr", "initial_lr")
+    named = ((name, value) for name, value in sorted(group.items()) if name not in passing)
+    return tuple((name, repr(value)) for name, value in named if not isinstance(value, Tensor))
+
+
+def _described(weight: Tensor) -> tuple[Any, ...]:
+    return weight.shape, weight.dtype, weight.device
 
 
 def _check_takes(place: Place, weights: list[nn.Parameter]) -> None:

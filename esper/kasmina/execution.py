@@ -7,6 +7,7 @@ lifecycle events and observations go to callbacks that must only append.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import logging
@@ -515,7 +516,12 @@ class Kasmina:
                 f"layer '{layer.name}' is on {layer.device}, the seeds on {self.bank.device}: "
                 "move the wrapped model as a whole"
             )
-        return self._loader.prepare(artifact_id, layer.site(seed_idx), layer.dtype, layer.device)
+        site = layer.site(seed_idx)
+        kernel = self._loader.prepare(artifact_id, site, layer.dtype, layer.device)
+        # A millisecond that the training thread is spared: it asks again, and is told at once.
+        with contextlib.suppress(EsperError):
+            self.enrollment.check(layer, kernel)
+        return kernel
 
     def _misfit(self, tenancy: Tenancy, kernel: Kernel) -> EsperError | None:
         """Return what layer or optimizers have against the kernel, if they do."""

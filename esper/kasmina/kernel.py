@@ -40,6 +40,7 @@ class Kernel(nn.Module):
     ) -> None:
         super().__init__()
         self.manifest = manifest
+        self.artifact_id = manifest.artifact_id  # hashed once, as it is asked for at every turn
         self.program = program
         self.compiled: TrainingStep | None = None  # for :mod:`esper.kasmina.compiled` to set
         self._compile()
@@ -63,10 +64,6 @@ class Kernel(nn.Module):
             raise ArtifactError(f"the artifact has no {min(missing)}")
         program = Program.from_json(files[GRAPH_FILE])
         return cls(manifest, program, _load(files[PARAMS_FILE], program))
-
-    @property
-    def artifact_id(self) -> str:
-        return self.manifest.artifact_id
 
     @property
     def stochastic(self) -> bool:
