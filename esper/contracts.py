@@ -272,14 +272,6 @@ class Lease(Contract):
     expires_at: float  # seconds since the Unix epoch
 
 
-class ForgeQueue(Contract):
-    """What the forges and evaluators of a library have done, and have yet to do."""
-
-    blueprints: dict[BlueprintStatus, int]  # how many; what there is none of is left out
-    kernels: dict[KernelStatus, int]
-    leases: tuple[Lease, ...]
-
-
 class KernelManifest(Contract):
     """Names every byte of an artifact; ``artifact_id`` is its digest."""
 
@@ -312,8 +304,8 @@ class Compilation(Contract):
     owner: str  # the forge
     artifact_id: Sha256 | None  # None: it failed
     log: str = ""
-    wall_s: float = Field(ge=0)
-    cpu_s: float = Field(ge=0)  # of the child processes that did the work
+    wall_s: float = Field(ge=0, allow_inf_nan=False)
+    cpu_s: float = Field(ge=0, allow_inf_nan=False)  # of the child processes that did the work
 
 
 class RecompilationProspect(Contract):
@@ -327,12 +319,15 @@ class RecompilationProspect(Contract):
 
 
 class ForgeStatus(Contract):
-    """How the forges of one library are doing: what waits now, and what the last while brought."""
+    """How the forges and evaluators of a library are doing: now, and over the last while."""
 
+    blueprints: dict[BlueprintStatus, int]  # how many; what there is none of is left out
+    kernels: dict[KernelStatus, int]
+    leases: tuple[Lease, ...]  # who compiles what; one that ran out stays until it is taken over
     waiting_blueprints: int
     compiling_blueprints: int
     waiting_kernels: int  # for a verdict
-    evaluating_kernels: int
+    evaluating_kernels: int  # kept by an evaluator, who judges them or puts them off
     window_s: float  # over which the next four are counted
     compiled: dict[Pipeline, int]
     failed: int

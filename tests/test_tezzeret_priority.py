@@ -76,6 +76,9 @@ def test_reasons_are_told() -> None:
 )
 def test_the_daily_budget(count: int, cpu_s: float, allowed: bool) -> None:
     status = ForgeStatus(
+        blueprints={},
+        kernels={},
+        leases=(),
         waiting_blueprints=0,
         compiling_blueprints=0,
         waiting_kernels=0,

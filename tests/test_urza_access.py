@@ -23,7 +23,14 @@ from urza_samples import (
 )
 from urza_servers import served
 
-from esper.contracts import BlueprintStatus, KernelQuery, LifecycleEvent, SeedState
+from esper.contracts import (
+    BlueprintStatus,
+    Compilation,
+    KernelQuery,
+    LifecycleEvent,
+    Pipeline,
+    SeedState,
+)
 from esper.errors import LibraryError, RoleError, TokenError
 from esper.urza import Library, Urza
 from esper.urza.access import Role, Tokens, add_token, load_tokens
@@ -63,6 +70,16 @@ def as_role(tmp_path: Path, tokens_file: Path) -> Iterator[Callable[[Role], Libr
 
 
 BLUEPRINT_ID, ARTIFACT_ID = blueprint().blueprint_id, manifest().artifact_id
+HERE = {"device": "cpu", "torch_version": "2.13"}
+COMPILATION = Compilation(
+    blueprint_id=BLUEPRINT_ID,
+    pipeline=Pipeline.FAST,
+    owner="forge",
+    artifact_id=ARTIFACT_ID,
+    wall_s=2.0,
+    cpu_s=1.0,
+    **HERE,
+)
 
 
 def record_report(urza: Library) -> None:
@@ -81,6 +98,7 @@ ASKED = [
         {FORGE},
     ),
     (lambda urza: urza.publish_kernel(manifest(), kernel_files()), {FORGE}),
+    (lambda urza: urza.claim_kernel("evaluator", 60, **HERE), {EVALUATOR}),
     (record_report, {EVALUATOR}),
     (lambda urza: urza.record_field_report(field_report(ARTIFACT_ID)), {RESEARCHER}),
     (lambda urza: urza.record_lifecycle(EVENT), {RESEARCHER}),
@@ -92,7 +110,9 @@ ASKED = [
     (lambda urza: urza.blueprint_records(), set(Role)),
     (lambda urza: urza.graph(BLUEPRINT_ID), set(Role)),
     (lambda urza: urza.kernels(), set(Role)),
-    (lambda urza: urza.status(), set(Role)),
+    (lambda urza: urza.forge_status(), set(Role)),
+    (lambda urza: urza.was_tried(BLUEPRINT_ID, Pipeline.FAST, **HERE), set(Role)),
+    (lambda urza: urza.recompilation_prospects(**HERE, pipelines=[Pipeline.FAST]), set(Role)),
     (lambda urza: urza.lineage(), set(Role)),
     (lambda urza: urza.field_reports(), set(Role)),
     (lambda urza: urza.audit.head(), set(Role)),
@@ -127,10 +147,27 @@ def test_leases_are_for_forges(as_role: Callable[[Role], Library]) -> None:
     for ask in (
         lambda urza: urza.renew_lease(BLUEPRINT_ID, "forge", 60),
         lambda urza: urza.release_blueprint(BLUEPRINT_ID, "forge"),
+        lambda urza: urza.claim_blueprint("forge", 60),
+        lambda urza: urza.finish_compilation(COMPILATION),
     ):
         with pytest.raises(RoleError, match=r"^this takes the role forge"):
-            ask(as_role(RESEARCHER))
+            ask(as_role(EVALUATOR))
         ask(forge)
+
+
+def test_leases_of_kernels_are_for_evaluators(as_role: Callable[[Role], Library]) -> None:
+    evaluator = as_role(EVALUATOR)
+    artifact_id = as_role(OPERATOR).publish_kernel(
+        manifest(pipeline=Pipeline.STANDARD), kernel_files()
+    )
+    assert evaluator.claim_kernel("evaluator", 60, **HERE) == artifact_id
+    for ask in (
+        lambda urza: urza.renew_kernel_lease(artifact_id, "evaluator", 60),
+        lambda urza: urza.release_kernel(artifact_id, "evaluator"),
+    ):
+        with pytest.raises(RoleError, match=r"^this takes the role evaluator"):
+            ask(as_role(FORGE))
+        ask(evaluator)
 
 
 @pytest.mark.parametrize(

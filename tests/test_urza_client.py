@@ -28,11 +28,13 @@ from urza_servers import served
 from esper.cli import main
 from esper.contracts import (
     BlueprintStatus,
+    Compilation,
     KernelQuery,
     LifecycleEvent,
+    Pipeline,
     SeedState,
 )
-from esper.errors import ArtifactIntegrityError, ConflictError, LibraryError
+from esper.errors import ArtifactIntegrityError, ConflictError, LeaseError, LibraryError
 from esper.trust import verify_bundle
 from esper.urza import EvaluatorKey, Urza, connect
 from esper.urza.access import Tokens
@@ -187,6 +189,37 @@ def test_what_must_not_be_done_twice_is_not_asked_again(
     assert library.blueprint_status(blueprint_id) == (BlueprintStatus.COMPILING, "")
     with pytest.raises(ConflictError, match=r"is COMPILING; it cannot become COMPILING$"):
         client.set_blueprint_status(blueprint_id, BlueprintStatus.COMPILING)
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_a_lease_is_not_ended_twice(
+    library: Urza, proxy_and_client: tuple[Proxy, UrzaClient], fault: Fault
+) -> None:
+    proxy, client = proxy_and_client
+    artifact_id = publish(library)
+    blueprint_id = blueprint().blueprint_id
+    compilation = Compilation(
+        blueprint_id=blueprint_id,
+        pipeline=Pipeline.FAST,
+        owner="worker",
+        artifact_id=artifact_id,
+        wall_s=2.0,
+        cpu_s=1.0,
+        device="cpu",
+        torch_version="2.13",
+    )
+    library.claim_kernel("worker", 60, device="cpu", torch_version="2.13")
+    for end in (
+        lambda: client.release_blueprint(blueprint_id, "worker"),
+        lambda: client.finish_compilation(compilation),
+        lambda: client.release_kernel(artifact_id, "worker"),
+    ):
+        library.claim_blueprint("worker", 60)
+        proxy.faults.append(fault)
+        with pytest.raises(LibraryError, match=r"^POST http"):
+            end()
+        with pytest.raises(LeaseError, match=r"is leased to nobody, not to worker$"):
+            end()
 
 
 def test_an_event_is_rather_told_twice_than_not_at_all(

@@ -1,5 +1,6 @@
 """What the library keeps for forges and evaluators: leases of kernels, and an account of attempts."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -156,13 +157,29 @@ def test_only_the_holder_settles_a_compilation(urza: Urza) -> None:
     assert not urza.was_tried(blueprint().blueprint_id, FAST, "cpu", "2.13")
 
 
+def test_a_compilation_names_a_kernel_that_is_there(urza: Urza) -> None:
+    submit(urza)
+    urza.claim_blueprint("forge", LONG_S)
+    with pytest.raises(ArtifactNotFoundError, match=f"holds no kernel {UNKNOWN}$"):
+        urza.finish_compilation(compilation(artifact_id=UNKNOWN))
+    assert urza.blueprint_status(blueprint().blueprint_id)[0] is COMPILING
+
+
+def test_whatever_a_compiler_prints_is_kept_as_far_as_it_can_be(urza: Urza) -> None:
+    compile_with(urza, failed=True, log="nul \0 and half a pair \ud800")
+    log = urza.blueprint_status(blueprint().blueprint_id)[1]
+    assert log == "nul \N{REPLACEMENT CHARACTER} and half a pair ?"
+
+
 def test_prospects_are_what_somebody_wants_and_nobody_has_tried(urza: Urza) -> None:
-    names = ("dull", "wanted", "failed", "old", "mixed")
+    names = ("dull", "wanted", "failed", "old", "mixed", "unsteady")
     for name in names:
         compile_with(urza, name, torch_version="2.12" if name == "old" else "2.13")
-    for name in ("failed", "mixed"):
+    for name in ("failed", "mixed", "unsteady"):
         judge(urza, manifest(name).artifact_id, status=KernelStatus.REJECTED)
     judge(urza, publish(urza, "mixed", pipeline=STANDARD))
+    unsteady = publish(urza, "unsteady", pipeline=STANDARD)
+    judge(urza, unsteady, status=KernelStatus.UNDECIDED)
     urza.set_interest(blueprint("wanted").blueprint_id, "tamiyo", 3.0)
     submit(urza, "waiting")
 
@@ -181,10 +198,14 @@ def test_prospects_are_what_somebody_wants_and_nobody_has_tried(urza: Urza) -> N
     compile_with(urza, "failed", pipeline=AGGRESSIVE, failed=True)
     assert prospects(STANDARD, AGGRESSIVE)["failed"] == (True, fast | {AGGRESSIVE})
     assert "failed" not in prospects(FAST, AGGRESSIVE)
+    assert prospects() == {}
 
 
 def test_status_counts_what_waits_and_what_was_done(urza: Urza, place: Place) -> None:
     assert urza.forge_status(window_s=60.0).model_dump() == {
+        "blueprints": {},
+        "kernels": {},
+        "leases": (),
         "waiting_blueprints": 0,
         "compiling_blueprints": 0,
         "waiting_kernels": 0,
@@ -213,7 +234,31 @@ def test_status_counts_what_waits_and_what_was_done(urza: Urza, place: Place) ->
     assert (status.compiled, status.failed) == ({FAST: 2, STANDARD: 1}, 1)
     assert status.throughput_per_hour == 4 * 60
     assert status.utilisation == pytest.approx(4 * 2.0 / 60.0)
+    assert (status.blueprints[COMPILING], status.blueprints[UNVALIDATED]) == (2, 1)
+    assert [lease.owner for lease in status.leases] == ["lost", "other"]
     assert urza.forge_status("nobody").compiled == {}
+    assert urza.forge_status("forge").compiled == {FAST: 2, STANDARD: 1}
     place.execute("UPDATE compilations SET finished_at = finished_at - 3700")
     later = urza.forge_status()
     assert (later.compiled, later.recompilations_today) == ({}, 1)
+
+
+def test_an_undecided_kernel_waits_until_its_lease_has_run_out(urza: Urza, place: Place) -> None:
+    kernel = publish(urza)
+    urza.claim_kernel("evaluator", LONG_S, **HERE)
+    judge(urza, kernel, status=KernelStatus.UNDECIDED)
+    status = urza.forge_status()
+    assert (status.waiting_kernels, status.evaluating_kernels) == (0, 1)
+    assert urza.claim_kernel("other", LONG_S, **HERE) is None
+    expire(place)
+    status = urza.forge_status()
+    assert (status.waiting_kernels, status.evaluating_kernels) == (1, 0)
+    assert urza.claim_kernel("other", LONG_S, **HERE) == kernel
+
+
+@pytest.mark.parametrize("window_s", [0.0, -1.0, math.inf, math.nan])
+def test_a_window_is_a_time(urza: Urza, window_s: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^a window must last a finite, positive number of .*, got {window_s}$"
+    ):
+        urza.forge_status(window_s=window_s)

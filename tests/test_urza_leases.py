@@ -9,7 +9,7 @@ import pytest
 from urza_backends import LOCAL, Place
 from urza_samples import UNKNOWN, audited, blueprint, judge, publish, submit
 
-from esper.contracts import BlueprintRecord, BlueprintStatus, ForgeQueue, KernelStatus, Lease
+from esper.contracts import BlueprintRecord, BlueprintStatus, KernelStatus, Lease
 from esper.errors import ArtifactNotFoundError, LeaseError, LibraryError
 from esper.urza import Urza
 
@@ -259,7 +259,8 @@ def test_many_forges_share_the_work(urza: Urza) -> None:
 
 
 def test_the_status_counts_what_there_is_and_names_who_compiles(urza: Urza) -> None:
-    assert urza.status() == ForgeQueue(blueprints={}, kernels={}, leases=())
+    empty = urza.forge_status()
+    assert (empty.blueprints, empty.kernels, empty.leases) == ({}, {}, ())
     submit(urza, "waiting")
     publish(urza, "compiling")
     judge(urza, publish(urza, "compiled"))
@@ -267,8 +268,7 @@ def test_the_status_counts_what_there_is_and_names_who_compiles(urza: Urza) -> N
     urza.claim_blueprint("forge 1", LONG_S, blueprint_id=compiling)
     expires_at = urza.blueprint_record(compiling).lease_expires_at
     assert expires_at is not None
-    assert urza.status() == ForgeQueue(
-        blueprints={UNVALIDATED: 2, COMPILING: 1},
-        kernels={KernelStatus.PENDING_BENCHMARKING: 1, KernelStatus.VALIDATED: 1},
-        leases=(Lease(blueprint_id=compiling, owner="forge 1", expires_at=expires_at),),
-    )
+    status = urza.forge_status()
+    assert status.blueprints == {UNVALIDATED: 2, COMPILING: 1}
+    assert status.kernels == {KernelStatus.PENDING_BENCHMARKING: 1, KernelStatus.VALIDATED: 1}
+    assert status.leases == (Lease(blueprint_id=compiling, owner="forge 1", expires_at=expires_at),)

@@ -40,7 +40,7 @@ from esper.urza.messages import BlueprintSubmission, KernelUpload, SignedReport
 from esper.urza.server import create_app, listen
 
 MAX_BODY_BYTES = 100_000
-ROUTES, EXAMPLES = 26, 8
+ROUTES, EXAMPLES = 32, 8
 schemathesis.checks.load_all_checks()
 CHECKS = [
     schemathesis.checks.CHECKS.get_one(name)
@@ -328,6 +328,10 @@ def test_the_forge_s_status_and_the_metrics_count(library: Urza, http: httpx.Cli
     assert samples["urza_blueprints", "UNVALIDATED"] == 2
     assert samples["urza_kernels", "VALIDATED"] == 1
     assert samples["urza_leases",] == 1
+    assert samples["urza_waiting", "blueprint"] == 2
+    assert samples["urza_waiting", "kernel"] == 1
+    assert samples["urza_forge_throughput_per_hour",] == 0
+    assert samples["urza_forge_utilisation",] == 0
 
 
 def test_many_publish_at_once(library: Urza, url: str) -> None:

@@ -23,9 +23,10 @@ from esper.contracts import (
     BlueprintRecord,
     BlueprintStatus,
     BlueprintSubmitted,
+    Compilation,
     Contract,
     FieldReport,
-    ForgeQueue,
+    ForgeStatus,
     KernelBundle,
     KernelManifest,
     KernelQuery,
@@ -34,6 +35,8 @@ from esper.contracts import (
     KernelStatement,
     KernelStatus,
     LifecycleEvent,
+    Pipeline,
+    RecompilationProspect,
     UrabraskValidationReport,
     canonical_json,
 )
@@ -41,7 +44,7 @@ from esper.errors import ArtifactIntegrityError, LibraryError
 from esper.trust import TrustedKey, verify_files
 from esper.urza.audit import GENESIS, AuditEntry
 from esper.urza.blobs import checked_digest
-from esper.urza.exchange import Exchange
+from esper.urza.exchange import Exchange, Params
 from esper.urza.keys import Keys
 from esper.urza.messages import (
     AuditHead,
@@ -49,12 +52,16 @@ from esper.urza.messages import (
     BlueprintSubmission,
     Claim,
     Claimed,
+    ClaimedKernel,
     Interest,
+    KernelClaim,
+    KernelRelease,
     KernelUpload,
     Release,
     Renewal,
     SignedReport,
     StatusChange,
+    Tried,
 )
 from esper.urza.query import check_fit
 from esper.urza.rows import storable
@@ -67,15 +74,17 @@ _AUDIT_ENTRIES = TypeAdapter(list[AuditEntry])
 _BLUEPRINT_RECORDS = TypeAdapter(list[BlueprintRecord])
 _FIELD_REPORTS = TypeAdapter(list[FieldReport])
 _KERNEL_RECORDS = TypeAdapter(list[KernelRecord])
+_PROSPECTS = TypeAdapter(list[RecompilationProspect])
 
 
 class UrzaClient:
     """A library at ``url``. Every method blocks on the network, and any thread may call it.
 
-    Requests that may be repeated are sent again while the server is away: all but
-    :meth:`set_blueprint_status` and :meth:`release_blueprint`. A repeated
-    :meth:`record_lifecycle` may leave two audit entries, and a repeated :meth:`claim_blueprint` a
-    lease that nobody uses until it runs out. LibraryError if the server stays away.
+    Requests that may be repeated are sent again while the server is away: all but those that end
+    a lease (:meth:`set_blueprint_status`, :meth:`finish_compilation`, :meth:`release_blueprint`,
+    :meth:`release_kernel`). A repeated :meth:`record_lifecycle` may leave two audit entries, a
+    repeated claim a lease that nobody uses until it runs out. LibraryError if the server stays
+    away.
 
     Args:
         url: of the server, ``http://host:8420`` or ``https://...``.
@@ -193,7 +202,7 @@ class UrzaClient:
         path = f"{_API}/blueprints/{checked_digest(blueprint_id)}/interest/{role}"
         self.ask("PUT", path, Interest(score=score))
 
-    # ------------------------------------------------------------------ the forges' work
+    # ------------------------------------------------------------------ the workers' work
 
     def set_blueprint_status(
         self, blueprint_id: str, status: BlueprintStatus, log: str = "", *, owner: str | None = None
@@ -218,8 +227,62 @@ class UrzaClient:
         path = f"{_INTERNAL}/leases/{checked_digest(blueprint_id)}/release"
         self.ask("POST", path, Release(owner=owner, log=storable(log)), repeatable=False)
 
-    def status(self) -> ForgeQueue:
-        return read(ForgeQueue.model_validate_json, self.ask("GET", f"{_API}/forge/status"))
+    def finish_compilation(self, compilation: Compilation) -> None:
+        told = compilation.model_copy(update={"log": storable(compilation.log)})
+        self.ask("POST", f"{_INTERNAL}/compilations", told, repeatable=False)
+
+    def was_tried(
+        self, blueprint_id: str, pipeline: Pipeline, device: str, torch_version: str
+    ) -> bool:
+        answer = self.ask(
+            "GET",
+            f"{_API}/blueprints/{checked_digest(blueprint_id)}/tried",
+            params={"pipeline": pipeline, "device": device, "torch_version": torch_version},
+        )
+        return read(Tried.model_validate_json, answer).tried
+
+    def recompilation_prospects(
+        self, device: str, torch_version: str, pipelines: Collection[Pipeline]
+    ) -> list[RecompilationProspect]:
+        params: Params = {
+            "device": device,
+            "torch_version": torch_version,
+            "pipeline": list(pipelines),
+        }
+        answer = self.ask("GET", f"{_API}/forge/prospects", params=params)
+        return read(_PROSPECTS.validate_json, answer)
+
+    def claim_kernel(
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        device: str,
+        torch_version: str,
+        artifact_id: str | None = None,
+    ) -> str | None:
+        claim = KernelClaim(
+            owner=storable(owner),
+            lease_s=lease_s,
+            device=device,
+            torch_version=torch_version,
+            artifact_id=None if artifact_id is None else checked_digest(artifact_id),
+        )
+        answer = self.ask("POST", f"{_INTERNAL}/kernel-leases", claim)
+        return read(ClaimedKernel.model_validate_json, answer).artifact_id
+
+    def renew_kernel_lease(self, artifact_id: str, owner: str, lease_s: float) -> None:
+        path = f"{_INTERNAL}/kernel-leases/{checked_digest(artifact_id)}"
+        self.ask("PUT", path, Renewal(owner=owner, lease_s=lease_s))
+
+    def release_kernel(self, artifact_id: str, owner: str) -> None:
+        path = f"{_INTERNAL}/kernel-leases/{checked_digest(artifact_id)}/release"
+        self.ask("POST", path, KernelRelease(owner=owner), repeatable=False)
+
+    def forge_status(self, owner: str | None = None, *, window_s: float = 3600.0) -> ForgeStatus:
+        params = {"window_s": str(window_s)} | ({} if owner is None else {"owner": owner})
+        answer = self.ask("GET", f"{_API}/forge/status", params=params)
+        return read(ForgeStatus.model_validate_json, answer)
 
     # ------------------------------------------------------------------ kernels and verdicts
 
@@ -290,7 +353,7 @@ class UrzaClient:
         path: str,
         contract: Contract | None = None,
         *,
-        params: Mapping[str, str] | None = None,
+        params: Params | None = None,
         repeatable: bool = True,
     ) -> bytes:
         """Ask once and for all; see :meth:`Exchange.ask`."""

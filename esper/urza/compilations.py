@@ -1,36 +1,19 @@
-"""What the forges have tried, what that has cost, and what could be made anew."""
+"""What the forges have tried, and what could be made anew."""
 
 from collections.abc import Collection
-from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    and_,
-    exists,
-    false,
-    func,
-    insert,
-    or_,
-    select,
-    true,
-)
+from sqlalchemy import ColumnElement, Connection, and_, exists, false, insert, or_, select
 
 from esper.contracts import (
     BlueprintStatus,
     Compilation,
-    ForgeStatus,
     KernelStatus,
     Pipeline,
     RecompilationProspect,
 )
-from esper.urza.schema import blueprints, compilations, kernel_leases, kernels
+from esper.urza.schema import blueprints, compilations, kernels
 
-_DAY_S = 86400.0
 _MAX_PROSPECTS = 1000  # at a time: there will be another look
-
-_COMPILING = blueprints.c.status == BlueprintStatus.COMPILING
-_PENDING = kernels.c.status == KernelStatus.PENDING_BENCHMARKING
 
 
 def record(
@@ -67,11 +50,8 @@ def prospects(
         status: exists().where(made, kernels.c.status == status, kernels.c.archived == false())
         for status in KernelStatus
     }
-    rejected = and_(
-        judged[KernelStatus.REJECTED],
-        ~judged[KernelStatus.VALIDATED],
-        ~judged[KernelStatus.PENDING_BENCHMARKING],
-    ).label("rejected")
+    others = (judged[status] for status in KernelStatus if status is not KernelStatus.REJECTED)
+    rejected = and_(judged[KernelStatus.REJECTED], *(~other for other in others)).label("rejected")
     by = {
         pipeline: exists()
         .where(attempts, compilations.c.pipeline == pipeline, *target)
@@ -101,72 +81,5 @@ def prospects(
     ]
 
 
-def status(connection: Connection, now_s: float, owner: str | None, window_s: float) -> ForgeStatus:
-    """See :meth:`Urza.forge_status`."""
-    leased = and_(_COMPILING, blueprints.c.lease_expires_at > now_s)
-    held = and_(_PENDING, kernel_leases.c.expires_at > now_s)
-    compiling = _count(connection, blueprints.c.position, leased)
-    unfinished = _count(
-        connection,
-        blueprints.c.position,
-        or_(blueprints.c.status == BlueprintStatus.UNVALIDATED, _COMPILING),
-    )
-    pending = _count(connection, kernels.c.position, _PENDING)
-    evaluating = _count(
-        connection, kernels.c.position, held, kernels.c.artifact_id == kernel_leases.c.artifact_id
-    )
-    finished = _finished(connection, now_s - window_s, owner)
-    compiled = {pipeline: made for pipeline, (made, _, _) in finished.items() if made}
-    attempts = sum(count for _, count, _ in finished.values())
-    recompilations, cpu_s = _recompiled(connection, now_s - _DAY_S)
-    return ForgeStatus(
-        waiting_blueprints=unfinished - compiling,
-        compiling_blueprints=compiling,
-        waiting_kernels=pending - evaluating,
-        evaluating_kernels=evaluating,
-        window_s=window_s,
-        compiled=compiled,
-        failed=attempts - sum(compiled.values()),
-        throughput_per_hour=attempts * 3600 / window_s,
-        utilisation=sum(wall_s for _, _, wall_s in finished.values()) / window_s,
-        recompilations_today=recompilations,
-        recompilation_cpu_s_today=cpu_s,
-    )
-
-
 def _target(device: str, torch_version: str) -> tuple[ColumnElement[bool], ...]:
     return compilations.c.device == device, compilations.c.torch_version == torch_version
-
-
-def _count(connection: Connection, what: ColumnElement[Any], *conditions: Any) -> int:
-    return int(connection.execute(select(func.count(what)).where(*conditions)).scalar_one())
-
-
-def _finished(
-    connection: Connection, since_s: float, owner: str | None
-) -> dict[Pipeline, tuple[int, int, float]]:
-    """Return for each pipeline kernels made, attempts, and the time that they took."""
-    chosen = (
-        select(
-            compilations.c.pipeline,
-            func.count(compilations.c.artifact_id),
-            func.count(),
-            func.sum(compilations.c.wall_s),
-        )
-        .where(compilations.c.finished_at > since_s)
-        .group_by(compilations.c.pipeline)
-    )
-    if owner is not None:
-        chosen = chosen.where(compilations.c.owner == owner)
-    return {
-        Pipeline(pipeline): (made, attempts, wall_s)
-        for pipeline, made, attempts, wall_s in connection.execute(chosen)
-    }
-
-
-def _recompiled(connection: Connection, since_s: float) -> tuple[int, float]:
-    chosen = select(func.count(), func.coalesce(func.sum(compilations.c.cpu_s), 0.0)).where(
-        compilations.c.finished_at > since_s, compilations.c.recompiled == true()
-    )
-    count, cpu_s = connection.execute(chosen).one()
-    return int(count), float(cpu_s)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import httpx
 
@@ -12,6 +12,8 @@ from esper.errors import LibraryError
 from esper.urza.failures import failure_in, heard
 
 logger = logging.getLogger(__name__)
+
+Params = Mapping[str, str | Sequence[str]]  # a sequence: the name once for each
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _GATEWAY_STATUSES = frozenset({502, 503, 504})
@@ -46,7 +48,7 @@ class Exchange:
         method: str,
         path: str,
         *,
-        params: Mapping[str, str] | None = None,
+        params: Params | None = None,
         body: bytes | None = None,
         repeatable: bool = True,
     ) -> bytes:
@@ -73,7 +75,7 @@ class Exchange:
         await self._http.aclose()
 
     async def _ask_once(
-        self, method: str, path: str, params: Mapping[str, str] | None, body: bytes | None
+        self, method: str, path: str, params: Params | None, body: bytes | None
     ) -> bytes:
         headers = {} if body is None else {"Content-Type": "application/json"}
         response = await self._http.request(

@@ -12,7 +12,7 @@ from esper.contracts import KernelStatus
 from esper.errors import LeaseError
 from esper.urza.schema import kernel_leases, kernels
 
-_WAITING = (KernelStatus.PENDING_BENCHMARKING, KernelStatus.UNDECIDED)
+WAITING = (KernelStatus.PENDING_BENCHMARKING, KernelStatus.UNDECIDED)  # for a verdict
 
 
 def claim(
@@ -30,7 +30,7 @@ def claim(
         select(kernels.c.artifact_id)
         .outerjoin(kernel_leases, kernels.c.artifact_id == kernel_leases.c.artifact_id)
         .where(
-            kernels.c.status.in_(_WAITING),
+            kernels.c.status.in_(WAITING),
             kernels.c.device == device,
             # The manifest is canonical JSON, in which a quotation mark within a text is escaped.
             kernels.c.manifest.contains(f'"torch_version":"{torch_version}"', autoescape=True),

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, func, insert, select, true, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, insert, select, true, update
 
 import esper.urza.compilations as compilations
+import esper.urza.forge_status as forge_status
 import esper.urza.kernel_leases as kernel_leases
 from esper.contracts import (
     Blueprint,
@@ -22,7 +23,6 @@ from esper.contracts import (
     BlueprintStatus,
     Compilation,
     FieldReport,
-    ForgeQueue,
     ForgeStatus,
     KernelBundle,
     KernelManifest,
@@ -49,7 +49,6 @@ from esper.urza.leases import (
     check_owner,
     check_terms,
     lease_values,
-    leases_of,
     next_claimable,
 )
 from esper.urza.lineage import lineage_graph
@@ -291,6 +290,8 @@ class Urza:
         """
         with self._database.write() as connection:
             row = _blueprint_row(connection, compilation.blueprint_id)
+            if compilation.artifact_id is not None:
+                _kernel_row(connection, compilation.artifact_id)
             now_s = self._database.now_s(connection)
             check_owner(row, compilation.owner, now_s)
             recompiled = row.leased_from == BlueprintStatus.COMPILED
@@ -316,10 +317,17 @@ class Urza:
             return compilations.prospects(connection, device, torch_version, pipelines)
 
     def forge_status(self, owner: str | None = None, *, window_s: float = 3600.0) -> ForgeStatus:
-        """Return what waits, and what was done in the last ``window_s``, by ``owner`` or by all."""
+        """Return what waits and who has it, and what was done in the last ``window_s`` seconds.
+
+        The latter by ``owner``, or by all.
+        """
+        if not (math.isfinite(window_s) and window_s > 0):
+            raise ValueError(
+                f"a window must last a finite, positive number of seconds, got {window_s}"
+            )
         with self._database.read() as connection:
             now_s = self._database.now_s(connection)
-            return compilations.status(connection, now_s, owner, window_s)
+            return forge_status.status(connection, now_s, owner, window_s)
 
     def set_interest(
         self, blueprint_id: str, role: Literal["tamiyo", "urabrask"], score: float
@@ -534,15 +542,6 @@ class Urza:
                 ],
             )
 
-    def status(self) -> ForgeQueue:
-        """Count what waits, what is being worked on and what is done."""
-        with self._database.read() as connection:
-            return ForgeQueue(
-                blueprints=_counts(connection, blueprints.c.status),
-                kernels=_counts(connection, kernels.c.status),
-                leases=leases_of(connection),
-            )
-
     def verify(self) -> None:
         """Check every stored byte, row and link; raise an EsperError naming the first fault."""
         self.audit.verify()
@@ -646,11 +645,6 @@ def _tag_set(connection: Connection, tags: Collection[str]) -> int:
     for tag in distinct:
         connection.execute(insert(tag_set_members).values(tag=tag, tag_set=position))
     return position
-
-
-def _counts(connection: Connection, status: Column[str]) -> dict[str, int]:
-    counted = select(status, func.count()).group_by(status)
-    return {str(name): count for name, count in connection.execute(counted)}
 
 
 def _exists(connection: Connection, column: Column[Any], key: str) -> bool:

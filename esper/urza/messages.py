@@ -82,6 +82,18 @@ class Claimed(Contract):
     blueprint_id: Sha256 | None  # None: nothing waits
 
 
+class KernelClaim(Contract):
+    owner: str
+    lease_s: float
+    device: str  # "cpu" or "cuda"
+    torch_version: str  # "2.13"
+    artifact_id: Sha256 | None = None
+
+
+class ClaimedKernel(Contract):
+    artifact_id: Sha256 | None  # None: none waits that can be judged there
+
+
 class Renewal(Contract):
     owner: str
     lease_s: float
@@ -90,6 +102,14 @@ class Renewal(Contract):
 class Release(Contract):
     owner: str
     log: str = ""
+
+
+class KernelRelease(Contract):
+    owner: str
+
+
+class Tried(Contract):
+    tried: bool
 
 
 class AuditHead(Contract):

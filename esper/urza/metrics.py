@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from esper.contracts import ForgeQueue
+from esper.contracts import ForgeStatus
 
 _UNROUTED = "unrouted"  # a path is the client's to choose, and a label for each would never end
 
@@ -16,7 +16,7 @@ _UNROUTED = "unrouted"  # a path is the client's to choose, and a label for each
 class Metrics:
     """Of one server. ``status`` is asked at each scrape."""
 
-    def __init__(self, status: Callable[[], ForgeQueue]) -> None:
+    def __init__(self, status: Callable[[], ForgeStatus]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "urza_requests",
@@ -66,7 +66,7 @@ class Measured:
 
 
 class _Holdings(Collector):
-    def __init__(self, status: Callable[[], ForgeQueue]) -> None:
+    def __init__(self, status: Callable[[], ForgeStatus]) -> None:
         self._status = status
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
@@ -74,16 +74,28 @@ class _Holdings(Collector):
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        queue = self._status()
+        status = self._status()
         blueprints = GaugeMetricFamily("urza_blueprints", "Blueprints by status", labels=["status"])
-        for name, count in queue.blueprints.items():
+        for name, count in status.blueprints.items():
             blueprints.add_metric([name], count)
         kernels = GaugeMetricFamily("urza_kernels", "Kernels by status", labels=["status"])
-        for kernel_status, count in queue.kernels.items():
+        for kernel_status, count in status.kernels.items():
             kernels.add_metric([kernel_status], count)
         yield blueprints
         yield kernels
-        yield GaugeMetricFamily("urza_leases", "Blueprints on lease", value=len(queue.leases))
+        yield GaugeMetricFamily("urza_leases", "Blueprints on lease", value=len(status.leases))
+        waiting = GaugeMetricFamily("urza_waiting", "What no worker has taken", labels=["what"])
+        waiting.add_metric(["blueprint"], status.waiting_blueprints)
+        waiting.add_metric(["kernel"], status.waiting_kernels)
+        yield waiting
+        yield GaugeMetricFamily(
+            "urza_forge_throughput_per_hour",
+            "Attempts that the forges finished",
+            value=status.throughput_per_hour,
+        )
+        yield GaugeMetricFamily(
+            "urza_forge_utilisation", "Forges at work on average", value=status.utilisation
+        )
 
 
 def _route(scope: Scope) -> str:

@@ -12,8 +12,9 @@ from esper.contracts import (
     Blueprint,
     BlueprintRecord,
     BlueprintStatus,
+    Compilation,
     FieldReport,
-    ForgeQueue,
+    ForgeStatus,
     KernelBundle,
     KernelManifest,
     KernelQuery,
@@ -21,6 +22,8 @@ from esper.contracts import (
     KernelStatement,
     KernelStatus,
     LifecycleEvent,
+    Pipeline,
+    RecompilationProspect,
     UrabraskValidationReport,
 )
 from esper.trust import TrustedKey
@@ -76,7 +79,7 @@ class Library(Protocol):
         self, blueprint_id: str, role: Literal["tamiyo", "urabrask"], score: float
     ) -> None: ...
 
-    # ------------------------------------------------------------------ the forges' work
+    # ------------------------------------------------------------------ the workers' work
 
     def set_blueprint_status(
         self, blueprint_id: str, status: BlueprintStatus, log: str = "", *, owner: str | None = None
@@ -90,7 +93,33 @@ class Library(Protocol):
 
     def release_blueprint(self, blueprint_id: str, owner: str, log: str = "") -> None: ...
 
-    def status(self) -> ForgeQueue: ...
+    def finish_compilation(self, compilation: Compilation) -> None: ...
+
+    def was_tried(
+        self, blueprint_id: str, pipeline: Pipeline, device: str, torch_version: str
+    ) -> bool: ...
+
+    def recompilation_prospects(
+        self, device: str, torch_version: str, pipelines: Collection[Pipeline]
+    ) -> list[RecompilationProspect]: ...
+
+    def claim_kernel(
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        device: str,
+        torch_version: str,
+        artifact_id: str | None = None,
+    ) -> str | None: ...
+
+    def renew_kernel_lease(self, artifact_id: str, owner: str, lease_s: float) -> None: ...
+
+    def release_kernel(self, artifact_id: str, owner: str) -> None: ...
+
+    def forge_status(
+        self, owner: str | None = None, *, window_s: float = 3600.0
+    ) -> ForgeStatus: ...
 
     # ------------------------------------------------------------------ kernels and verdicts
 

@@ -5,23 +5,26 @@ not finite travel as strings, which contracts read back.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response, Security
+from fastapi import APIRouter, Depends, Query, Request, Response, Security
 from fastapi.security import HTTPBearer
 
 from esper.contracts import (
     BlueprintRecord,
     BlueprintStatus,
     BlueprintSubmitted,
+    Compilation,
     Contract,
     FieldReport,
-    ForgeQueue,
+    ForgeStatus,
     KernelQuery,
     KernelReady,
     KernelRecord,
     KernelStatus,
     LifecycleEvent,
+    Pipeline,
+    RecompilationProspect,
     Sha256,
     UrabraskValidationReport,
     canonical_json,
@@ -36,13 +39,17 @@ from esper.urza.messages import (
     BlueprintSubmission,
     Claim,
     Claimed,
+    ClaimedKernel,
     Interest,
+    KernelClaim,
+    KernelRelease,
     KernelUpload,
     Lineage,
     Release,
     Renewal,
     SignedReport,
     StatusChange,
+    Tried,
 )
 
 API, INTERNAL = "/api/v1", "/internal/v1"
@@ -58,7 +65,14 @@ _bearer = HTTPBearer(auto_error=False, description="see `esper urza token`")
 def all_routes(library: Urza, *, by_token: bool) -> APIRouter:
     """Return every route but the metrics'; ``by_token`` says that they ask for one."""
     router = APIRouter(dependencies=[Security(_bearer)] if by_token else [])
-    for add in (_add_blueprints, _add_kernels, _add_forge, _add_verdicts, _add_history):
+    for add in (
+        _add_blueprints,
+        _add_kernels,
+        _add_status,
+        _add_forge,
+        _add_evaluator,
+        _add_history,
+    ):
         add(router, library)
     return router
 
@@ -142,13 +156,29 @@ def _add_kernels(router: APIRouter, library: Urza) -> None:
         library.archive(artifact_id)
 
 
+def _add_status(router: APIRouter, library: Urza) -> None:
+    @router.get(f"{API}/forge/status", response_model=ForgeStatus)
+    def get_forge_status(owner: str | None = None, window_s: float = 3600.0) -> Response:
+        """What waits and who has it, and what was done lately, by one forge or by all."""
+        return _json(library.forge_status(owner, window_s=window_s))
+
+    @router.get(f"{API}/forge/prospects", response_model=list[RecompilationProspect])
+    def list_prospects(
+        device: str, torch_version: str, pipeline: Annotated[tuple[Pipeline, ...], Query()] = ()
+    ) -> Response:
+        """What one of the pipelines might make anew, the most interesting first."""
+        return _json_list(library.recompilation_prospects(device, torch_version, pipeline))
+
+    @router.get(f"{API}/blueprints/{{blueprint_id}}/tried", response_model=Tried)
+    def get_tried(
+        blueprint_id: Sha256, pipeline: Pipeline, device: str, torch_version: str
+    ) -> Response:
+        """Whether a forge has tried to make such a kernel, with success or without."""
+        return _json(Tried(tried=library.was_tried(blueprint_id, pipeline, device, torch_version)))
+
+
 def _add_forge(router: APIRouter, library: Urza) -> None:
     forge = _allowed(Role.FORGE)
-
-    @router.get(f"{API}/forge/status", response_model=ForgeQueue)
-    def get_forge_status() -> Response:
-        """What waits, what is being compiled and by whom, what is done."""
-        return _json(library.status())
 
     @router.post(f"{INTERNAL}/leases", response_model=Claimed, dependencies=forge)
     def claim_blueprint(claim: Claim) -> Response:
@@ -175,6 +205,11 @@ def _add_forge(router: APIRouter, library: Urza) -> None:
         """Take a legal edge."""
         library.set_blueprint_status(blueprint_id, change.status, change.log, owner=change.owner)
 
+    @router.post(f"{INTERNAL}/compilations", status_code=204, dependencies=forge)
+    def finish_compilation(compilation: Compilation) -> None:
+        """Settle a leased blueprint by what came of compiling it."""
+        library.finish_compilation(compilation)
+
     @router.post(
         f"{INTERNAL}/kernels", status_code=201, response_model=KernelReady, dependencies=forge
     )
@@ -185,11 +220,34 @@ def _add_forge(router: APIRouter, library: Urza) -> None:
         )
 
 
-def _add_verdicts(router: APIRouter, library: Urza) -> None:
+def _add_evaluator(router: APIRouter, library: Urza) -> None:
+    evaluator = _allowed(Role.EVALUATOR)
+    path = f"{INTERNAL}/kernel-leases"
+
+    @router.post(path, response_model=ClaimedKernel, dependencies=evaluator)
+    def claim_kernel(claim: KernelClaim) -> Response:
+        """Lease the oldest kernel that waits for a verdict, or the one that is named."""
+        claimed = library.claim_kernel(
+            claim.owner,
+            claim.lease_s,
+            device=claim.device,
+            torch_version=claim.torch_version,
+            artifact_id=claim.artifact_id,
+        )
+        return _json(ClaimedKernel(artifact_id=claimed))
+
+    @router.put(f"{path}/{{artifact_id}}", status_code=204, dependencies=evaluator)
+    def renew_kernel_lease(artifact_id: Sha256, renewal: Renewal) -> None:
+        """Let a lease end later."""
+        library.renew_kernel_lease(artifact_id, renewal.owner, renewal.lease_s)
+
+    @router.post(f"{path}/{{artifact_id}}/release", status_code=204, dependencies=evaluator)
+    def release_kernel(artifact_id: Sha256, release: KernelRelease) -> None:
+        """Let others claim a kernel."""
+        library.release_kernel(artifact_id, release.owner)
+
     @router.post(
-        f"{INTERNAL}/kernels/{{artifact_id}}/report",
-        status_code=204,
-        dependencies=_allowed(Role.EVALUATOR),
+        f"{INTERNAL}/kernels/{{artifact_id}}/report", status_code=204, dependencies=evaluator
     )
     def record_report(artifact_id: Sha256, signed: SignedReport) -> None:
         """Make a verdict, which the trusted evaluator has signed, the kernel's status."""

@@ -32,7 +32,7 @@ def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_
         redoc_url=None,
         responses={status: {"model": Failure} for status in STATUS_OF.values()},
     )
-    metrics = Metrics(library.status)
+    metrics = Metrics(library.forge_status)
     app.include_router(all_routes(library, by_token=bool(tokens)))
 
     @app.get("/metrics", include_in_schema=False)
