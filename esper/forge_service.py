@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import esper.forge_worker as forge_worker
+import esper.oona as oona
 from esper.errors import EsperError
-from esper.urza import Urza
+from esper.urza import connect
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,25 @@ def main(options: argparse.Namespace) -> None:
     """Run the service; what is wrong ends in one line and exit status 1."""
     try:
         if options.status:
-            with Urza(options.library) as urza:
+            with closing(connect(options.library)) as urza:
                 print(urza.forge_status().model_dump_json(indent=2))
             return
-        Urza(options.library).close()  # what is wrong with it is said once, not by each worker
+        _check(options)
     except (EsperError, ValueError, OSError) as error:
         sys.exit(f"esper forge: {error}")
     forge_worker.configure_logging("forge", verbose=options.verbose)
     if not asyncio.run(ForgeService(options).run()):
         sys.exit("esper forge: not everything was done, see the log")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Try what every worker needs, so that what is wrong is said once, not by each of them."""
+    with closing(connect(options.library)) as urza:
+        urza.forge_status()
+        if options.urabrask:
+            _ = urza.evaluator_key
+    if not options.once:
+        oona.connect(options.bus).close()
 
 
 class ForgeService:
@@ -130,7 +141,7 @@ class ForgeService:
     def _command(self, role: str, number: int) -> list[str]:
         options = self._options
         command = [sys.executable, "-m", "esper.forge_worker", role, "--name", f"{role}-{number}"]
-        for name in ("library", "device", "drain_s", "lease_s", "poll_s"):
+        for name in ("library", "bus", "device", "drain_s", "lease_s", "poll_s"):
             value = getattr(options, name)
             command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         for name in ("once", "no_recompiling", "verbose"):

@@ -12,14 +12,15 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 
+import esper.oona as oona
 from esper.config import EvaluatorSettings, ForgeSettings
 from esper.errors import EsperError
-from esper.oona import MemoryBus, Oona
+from esper.oona import Oona
 from esper.tezzeret import Tezzeret
 from esper.urabrask import Urabrask
-from esper.urza import Urza
+from esper.urza import Library, connect
 
 ROLES = ("tezzeret", "urabrask")
 
@@ -30,8 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a worker and the service that starts it have in common."""
     parser.add_argument(
         "--library",
-        type=Path,
-        help="folder of the library (default: where $URZA_URL and $URZA_BLOBS say)",
+        help="folder of the library, or URL of its server (default: $URZA_API_URL, else where "
+        "$URZA_URL and $URZA_BLOBS say)",
+    )
+    parser.add_argument(
+        "--bus",
+        metavar="URL",
+        help="Redis server that announces work (default: $REDIS_URL; without one the library "
+        "alone is looked at)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what kernels are made for"
@@ -70,11 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging(options.name or options.role, verbose=options.verbose)
     _end_with_parent()
     try:
-        with Urza(options.library) as urza:
-            asyncio.run(work(urza, None if options.once else MemoryBus(), options))
+        with closing(connect(options.library)) as urza:
             if options.once:
+                asyncio.run(work(urza, None, options))
                 _check_done(urza, options.role)
-    except (EsperError, OSError) as error:
+            else:
+                with closing(oona.connect(options.bus)) as bus:
+                    asyncio.run(work(urza, bus, options))
+    except (EsperError, ValueError, OSError) as error:
         sys.exit(f"{options.role}: {error}")
 
 
@@ -85,7 +95,7 @@ def configure_logging(name: str, *, verbose: bool) -> None:
     )
 
 
-async def work(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> None:
+async def work(urza: Library, bus: Oona | None, options: argparse.Namespace) -> None:
     """Run one worker until nothing waits, where there is no bus, or until a signal closes it."""
     async with _WORKERS[options.role](urza, bus, options) as worker:
         running = asyncio.create_task(worker.run())
@@ -93,7 +103,7 @@ async def work(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Non
 
         def drain() -> None:
             if bus is not None:
-                bus.close()
+                loop.run_in_executor(None, bus.close)  # it may wait for its server
             loop.call_later(options.drain_s, running.cancel)
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,7 +114,7 @@ async def work(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Non
             logging.getLogger(__name__).info("what was not finished was given back")
 
 
-def _make_tezzeret(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Tezzeret:
+def _make_tezzeret(urza: Library, bus: Oona | None, options: argparse.Namespace) -> Tezzeret:
     settings = ForgeSettings(
         lease_s=options.lease_s,
         poll_interval_s=options.poll_s,
@@ -113,18 +123,18 @@ def _make_tezzeret(urza: Urza, bus: Oona | None, options: argparse.Namespace) ->
     return Tezzeret(urza, bus, settings, device=options.device)
 
 
-def _make_urabrask(urza: Urza, bus: Oona | None, options: argparse.Namespace) -> Urabrask:
+def _make_urabrask(urza: Library, bus: Oona | None, options: argparse.Namespace) -> Urabrask:
     settings = EvaluatorSettings(lease_s=options.lease_s, poll_interval_s=options.poll_s)
     return Urabrask(urza, bus, settings, device=options.device)
 
 
-_WORKERS: dict[str, Callable[[Urza, Oona | None, argparse.Namespace], Tezzeret | Urabrask]] = {
+_WORKERS: dict[str, Callable[[Library, Oona | None, argparse.Namespace], Tezzeret | Urabrask]] = {
     "tezzeret": _make_tezzeret,
     "urabrask": _make_urabrask,
 }
 
 
-def _check_done(urza: Urza, role: str) -> None:
+def _check_done(urza: Library, role: str) -> None:
     """Raise EsperError if something waits that this worker could not do; others may be at it."""
     status = urza.forge_status()
     waiting = status.waiting_blueprints if role == "tezzeret" else status.waiting_kernels

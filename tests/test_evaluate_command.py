@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from test_urabrask_evaluator import publish
 from urabrask_artifacts import ACT, Artifact, artifact, graph, residual_mlp
+from urza_servers import served
 
 from esper.cli import main
 from esper.contracts import KernelStatus
 from esper.urza import Urza
+from esper.urza.access import Tokens
+from esper.urza.server import create_app
 
 
 def written(specimen: Artifact, folder: Path) -> Path:
@@ -43,6 +46,17 @@ def test_a_kernel_by_id_is_judged_and_recorded(
         assert ended.value.code == 1
         assert urza.kernel(artifact_id).status is KernelStatus.REJECTED
     assert "is not finite in float64" in capsys.readouterr().out
+
+
+def test_the_library_may_be_behind_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("URZA_KEY", str(tmp_path / "library/keys/evaluator.pem"))
+    with Urza(tmp_path / "library") as urza, served(create_app(urza, Tokens([]))) as url:
+        artifact_id = publish(urza, residual_mlp())
+        main(["evaluate", artifact_id, "--library", url])
+        assert urza.kernel(artifact_id).status is KernelStatus.VALIDATED
+    assert "VALIDATED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("manifest", "said"), [(None, "No such file"), ("{}", "manifest.json: ")])

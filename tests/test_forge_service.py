@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 from forge_samples import SITES
 from urza_backends import Place
+from urza_samples import submit
+from urza_servers import served
 
 from esper import blueprints
+from esper.cli import main
 from esper.contracts import BlueprintStatus, Design, KernelStatus, Pipeline
 from esper.tezzeret.trace import trace
-from esper.urza import Urza
+from esper.urza import Library, Urza
+from esper.urza.access import Tokens
+from esper.urza.server import create_app
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,15 +31,12 @@ _FORGE = [sys.executable, "-m", "esper", "forge", "--no-recompiling"]
 
 
 @contextmanager
-def forge(place: Place, *options: str) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {
-        "URZA_URL": place.url,
-        "URZA_BLOBS": place.blobs,
-        "URZA_KEY": str(place.key_path),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+def forge(environment: dict[str, str], *options: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*_FORGE, *options], env=environment, stderr=subprocess.PIPE, text=True
+        [*_FORGE, *options],
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with process:
         try:
@@ -43,7 +45,7 @@ def forge(place: Place, *options: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def store(urza: Urza, design: Design) -> str:
+def store(urza: Library, design: Design) -> str:
     blueprint, graph, _ = trace(design, SITES["linear"], "float32")
     return urza.submit_blueprint(blueprint, graph)
 
@@ -68,12 +70,12 @@ def pid_of(owner: str | None) -> int:
 
 
 def test_processes_work_off_what_waits_and_do_nothing_twice(
-    urza: Urza, place: Place, tmp_path: Path
+    urza: Library, place: Place, tmp_path: Path
 ) -> None:
     good = [store(urza, blueprints.get(name)) for name in ("low_rank", "norm", "gated")]
     bad = store(urza, moody(tmp_path / "bad"))
     (tmp_path / "bad" / "crash").touch()
-    with forge(place, "--once", "--tezzeret", "2", "--urabrask", "2") as process:
+    with forge(place.environment(), "--once", "--tezzeret", "2", "--urabrask", "2") as process:
         _, log = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, log
     assert [urza.blueprint_status(i)[0] for i in good] == [COMPILED] * 3
@@ -88,13 +90,13 @@ def test_processes_work_off_what_waits_and_do_nothing_twice(
     urza.verify()
 
 
-def test_killed_taken_over_and_told_to_stop(urza: Urza, place: Place, tmp_path: Path) -> None:
+def test_killed_taken_over_and_told_to_stop(urza: Library, place: Place, tmp_path: Path) -> None:
     first, second = moody(tmp_path / "first"), moody(tmp_path / "second")
     lost, unfinished = store(urza, first), store(urza, second)
     for folder in ("first", "second"):
         (tmp_path / folder / "hang").touch()
     options = ("--urabrask", "0", "--poll-s", "0.1", "--drain-s", "0.1")
-    with forge(place, *options) as process:
+    with forge(place.environment(), *options) as process:
         assert (tmp_path / "first" / "fifo").read_text() == "reached"
         os.kill(pid_of(urza.blueprint_record(lost).lease_owner), signal.SIGKILL)
         (tmp_path / "first" / "hang").unlink()
@@ -102,7 +104,7 @@ def test_killed_taken_over_and_told_to_stop(urza: Urza, place: Place, tmp_path: 
         assert (tmp_path / "second" / "fifo").read_text() == "reached"
         assert urza.blueprint_status(lost)[0] is COMPILING
         place.execute("UPDATE blueprints SET lease_expires_at = 1 WHERE blueprint_id = :i", i=lost)
-        with forge(place, *options, "--once") as heir:
+        with forge(place.environment(), *options, "--once") as heir:
             _, log = heir.communicate(timeout=DEADLINE_S)
         assert heir.returncode == 0, log
         assert urza.blueprint_status(lost) == (COMPILED, "")
@@ -134,19 +136,34 @@ def test_workers_stop_when_the_service_is_killed(tmp_path: Path) -> None:
         wait_for(lambda: urza.blueprint_status(blueprint_id)[0] is UNVALIDATED)
 
 
-def test_status_is_printed_and_a_missing_library_named(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    Urza(tmp_path / "library").close()
-    told = subprocess.run(
-        [*_FORGE, "--status", "--library", str(tmp_path / "library")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert '"waiting_blueprints": 0' in told.stdout
-    refused = subprocess.run(
-        [*_FORGE, "--status"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 1
-    assert "esper forge: a library without a folder needs URZA_URL" in refused.stderr
+def test_the_status_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Urza(tmp_path / "library") as library, served(create_app(library, Tokens([]))) as url:
+        submit(library)
+        main(["forge", "--status", "--library", str(tmp_path / "library")])
+        main(["forge", "--status", "--library", url])
+        monkeypatch.setenv("URZA_API_URL", url)
+        main(["forge", "--status"])
+    assert capsys.readouterr().out.count('"waiting_blueprints": 1') == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        ([], "a library without a folder needs URZA_URL"),
+        (["--status"], "a library without a folder needs URZA_URL"),
+        (["--library", "{url}"], "signing a verdict needs URZA_KEY"),
+        (["--library", "{url}", "--urabrask", "0", "--bus", "http://x"], "the bus is at redis://"),
+        (["--library", "{url}", "--urabrask", "0", "--bus", "unix:///x"], "cannot reach Redis at"),
+    ],
+)
+def test_what_the_workers_lack_is_said_once_in_one_line(
+    tmp_path: Path, words: list[str], because: str
+) -> None:
+    with (
+        Urza(tmp_path / "library") as library,
+        served(create_app(library, Tokens([]))) as url,
+        pytest.raises(SystemExit, match=f"^esper forge: {because}"),
+    ):
+        main(["forge", *(word.format(url=url) for word in words)])

@@ -23,7 +23,7 @@ from urza_samples import (
     publish,
     submit,
 )
-from urza_servers import served
+from urza_servers import served, start_server
 
 from esper.cli import main
 from esper.contracts import (
@@ -248,15 +248,6 @@ def test_a_refusal_is_not_asked_again(proxy_and_client: tuple[Proxy, UrzaClient]
 
 
 # ------------------------------------------------------------------ servers that come and go
-
-
-def start_server(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "esper", "urza", "serve", str(folder), "--port", str(port)]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
-    assert server.stdout is not None
-    line = server.stdout.readline().decode()
-    assert line.startswith("serving on http://"), line
-    return server
 
 
 @pytest.mark.timeout(180)

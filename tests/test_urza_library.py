@@ -32,7 +32,7 @@ from esper.trust import verify_bundle
 from esper.urza import Urza
 
 UNVALIDATED, COMPILING, COMPILED, INVALID = BlueprintStatus
-PENDING, VALIDATED, REJECTED = KernelStatus
+PENDING, VALIDATED, REJECTED, _ = KernelStatus
 
 
 def test_a_library_is_found_again(place: Place) -> None:

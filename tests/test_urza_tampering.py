@@ -26,7 +26,7 @@ from esper.errors import (
 from esper.trust import verify_bundle
 from esper.urza import Urza
 
-PENDING, VALIDATED, REJECTED = KernelStatus
+PENDING, VALIDATED, REJECTED, _ = KernelStatus
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from esper.errors import (
 )
 from esper.urza import EvaluatorKey, Urza
 
-PENDING, VALIDATED, REJECTED = KernelStatus
+PENDING, VALIDATED, REJECTED, UNDECIDED = KernelStatus
 
 
-@pytest.mark.parametrize("status", [VALIDATED, REJECTED])
+@pytest.mark.parametrize("status", [VALIDATED, REJECTED, UNDECIDED])
 def test_a_verdict_becomes_the_kernel_s_status(urza: Urza, status: KernelStatus) -> None:
     artifact_id = publish(urza)
     verdict = judge(urza, artifact_id, status=status, tags=("small", "fast"))

@@ -52,6 +52,10 @@ class Place:
     def open(self) -> Library:
         return Urza(url=self.url, blobs=self.blobs, key_path=self.key_path)
 
+    def environment(self) -> dict[str, str]:
+        """What has a process open it."""
+        return {"URZA_URL": self.url, "URZA_BLOBS": self.blobs, "URZA_KEY": str(self.key_path)}
+
     @contextmanager
     def tampering(self) -> Iterator[Connection]:
         """A transaction in which neither triggers nor foreign keys count."""
@@ -91,6 +95,9 @@ class RemotePlace(Place):
 
     def open(self) -> Library:
         return UrzaClient(self.api_url, key_path=self.key_path)
+
+    def environment(self) -> dict[str, str]:
+        return {"URZA_API_URL": self.api_url, "URZA_KEY": str(self.key_path)}
 
 
 def sqlite_place(root: Path) -> Place:

@@ -1,8 +1,11 @@
-"""Servers of Urza's in this process, on free ports of the loopback."""
+"""Servers of Urza's on the loopback, in this process or in one of their own."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,3 +37,12 @@ def served(app: Any, tokens: Tokens = Tokens([])) -> Iterator[str]:  # noqa: B00
     finally:
         server.should_exit = True
         thread.join()
+
+
+def start_server(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "esper", "urza", "serve", str(folder), "--port", str(port)]
+    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    line = server.stdout.readline().decode()
+    assert line.startswith("serving on http://"), line
+    return server

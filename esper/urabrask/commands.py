@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,7 +23,7 @@ from esper.urabrask.evaluator import Urabrask
 from esper.urabrask.gauntlet import Gauntlet
 from esper.urabrask.presentation import show
 from esper.urabrask.sandbox import Sandbox
-from esper.urza.library import Urza
+from esper.urza import connect
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _WIDTH_IN_HTML = 140
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kernel", help="id of a kernel in the library, or folder of an artifact")
     parser.add_argument(
         "--library",
-        type=Path,
-        help="folder of the library, for an id (default: $URZA_URL and $URZA_BLOBS)",
+        help="folder of the library, or URL of its server, for an id (default: $URZA_API_URL, else "
+        "where $URZA_URL and $URZA_BLOBS say)",
     )
     parser.add_argument("--html", type=Path, help="write the report as an HTML page, too")
 
@@ -64,8 +65,8 @@ def _evaluate(options: argparse.Namespace) -> UrabraskValidationReport:
         return Gauntlet(settings, sandbox).run(manifest, files)
 
 
-async def _evaluate_in_library(artifact_id: str, folder: Path | None) -> UrabraskValidationReport:
-    with Urza(folder) as urza:
+async def _evaluate_in_library(artifact_id: str, place: str | None) -> UrabraskValidationReport:
+    with closing(connect(place)) as urza:
         async with Urabrask(urza) as urabrask:
             return await urabrask.evaluate(artifact_id)
 

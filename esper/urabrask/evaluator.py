@@ -91,9 +91,9 @@ class Urabrask:
         """Evaluate what waits in the library and what is announced as ready, until the bus closes.
 
         Without a bus it returns when nothing waits any more. A kernel that cannot be judged stays
-        PENDING_BENCHMARKING, and one log line says why; it is tried again when its lease ran out, and
-        one that is UNDECIDED when its own, longer one did.
-        When the bus closes, the verdict at hand is finished; cancellation gives the kernel back.
+        PENDING_BENCHMARKING, and one log line says why; it is tried again when its lease ran out,
+        and one that is UNDECIDED when its own, longer one did. When the bus closes, the verdict at
+        hand is finished; cancellation gives the kernel back.
         """
         if self._bus is None:
             while await self._evaluate_next():
