@@ -138,7 +138,8 @@ async def test_a_lost_lease_stops_the_work_quietly(
     assert f"blueprint {blueprint_id} is leased to heir, not to {slow.owner}" in caplog.text
     assert urza.blueprint_record(blueprint_id).lease_owner == "heir"
     assert urza.kernels() == []
-    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    loud = {r.name for r in caplog.records if r.levelname in ("WARNING", "ERROR")}
+    assert loud <= {"esper.urza.gate"}  # a server tells what it refuses
     bus.close()
     await running
 
