@@ -6,6 +6,7 @@ model needs them. See the README for the names.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+
+# What a program wants to see of the library's log is for the program to say.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

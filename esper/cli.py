@@ -1,9 +1,10 @@
-"""The command line: ``esper demo``, ``audit``, ``evaluate``, ``forge`` and ``urza``."""
+"""The command line: ``esper demo``, ``audit``, ``evaluate``, ``forge``, ``urza`` and ``watch``."""
 
 import argparse
 
 import esper.demo as demo
 import esper.forge_service as forge
+import esper.nissa.watch as watch
 import esper.urabrask.commands as evaluate
 import esper.urza.commands as audit
 import esper.urza.service as service
@@ -30,5 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     evaluate_parser = commands.add_parser("evaluate", help="judge a kernel and show the report")
     evaluate.add_arguments(evaluate_parser)
     evaluate_parser.set_defaults(run=evaluate.main)
+    watch_parser = commands.add_parser("watch", help="show a run in the browser while it goes on")
+    watch.add_arguments(watch_parser)
+    watch_parser.set_defaults(run=watch.main)
     options = parser.parse_args(argv)
     options.run(options)

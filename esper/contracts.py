@@ -537,12 +537,14 @@ class BlueprintSubmitted(Contract):
 
 class KernelReady(Contract):
     artifact_id: Sha256
+    compile_s: float | None = Field(default=None, ge=0, exclude_if=lambda s: s is None)
 
 
 class KernelCharacterized(Contract):
     artifact_id: Sha256
     status: KernelStatus
     tags: tuple[str, ...] = ()
+    evaluation_s: float | None = Field(default=None, ge=0, exclude_if=lambda s: s is None)
 
 
 PAYLOADS: dict[Topic, type[Contract]] = {

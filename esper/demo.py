@@ -30,10 +30,10 @@ from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
     Design,
     GraftingStrategy,
-    SeedId,
     SiteSignature,
 )
 from esper.kasmina.model import MorphableModel, wrap
+from esper.nissa.journal import FINAL_RECORD, Journal
 from esper.nissa.network import summarize_network
 from esper.nissa.progress import RunProgress, result_table
 from esper.nissa.record import ResultRow, RunRecord, RunRecorder
@@ -121,7 +121,6 @@ class Demo:
         self.folder = _fresh_folder(Path(options.runs) / options.name)
         self.digits = load_digits()
         self.console = Console()
-        self.contributions: dict[SeedId, float] = {}
         images, labels = self.digits.train
         self.batch = images[:BATCH_SIZE], labels[:BATCH_SIZE]
 
@@ -133,17 +132,19 @@ class Demo:
         torch.set_num_threads(1)  # the other core is the pipeline's
         model = wrap(make_network(NARROW, self.seed), settings=self._seed_settings())
         assert isinstance(model, MorphableModel)
-        recorder = self._recorder(model)
+        scribe = Scribe(model, self._recorder(model))
+        self._say(f"To watch it in the browser: esper watch {self.folder}")
         with Urza(self.folder / "urza") as urza:
             flops = FlopMeter(model, self.batch, loss_per_sample)
             try:
-                self._train(model, urza, recorder, flops)
+                with Journal(scribe.recorder, self.folder):
+                    self._train(model, urza, scribe, flops)
                 rows = self._compare(model, flops)
             except KeyboardInterrupt:
-                self._finish(model, urza, recorder, interrupted=True)
+                self._finish(model, urza, scribe, interrupted=True)
                 self._say(f"Interrupted; what there was is in {self.folder}/report.html")
                 raise
-            record = self._finish(model, urza, recorder, results=rows)
+            record = self._finish(model, urza, scribe, results=rows)
             self._export(model)
         self.console.print(result_table(rows))
         if text := unjudged(record):
@@ -156,18 +157,16 @@ class Demo:
     def _seed_settings(self) -> SeedSettings:
         return SETTINGS.model_copy(update={"deterministic": not self.options.free_running})
 
-    def _train(
-        self, model: MorphableModel, urza: Urza, recorder: RunRecorder, flops: FlopMeter
-    ) -> None:
+    def _train(self, model: MorphableModel, urza: Urza, scribe: Scribe, flops: FlopMeter) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=self.options.lr)
-        with RunProgress(self.epochs, console=self.console) as progress:
-            scribe = Scribe(model, urza, recorder, progress, self.contributions)
+        with RunProgress(self.epochs, console=self.console) as scribe.progress:
             pipeline = Pipeline(
                 model,
                 urza,
                 designs=_designs(self.options.with_bad_blueprint),
                 policy=PlateauPolicy(TAMIYO, STRATEGY),
                 listener=scribe.hear,
+                metrics_port=self.options.metrics_port,
                 synchronous=not self.options.free_running,
             )
             with pipeline:
@@ -182,7 +181,7 @@ class Demo:
                 try:
                     tolaria.fit(self.epochs)
                 finally:
-                    recorder.stop_clock()
+                    scribe.recorder.stop_clock()
 
     def _compare(self, model: MorphableModel, flops: FlopMeter) -> list[ResultRow]:
         grown_parameters = sum(p.numel() for p in model.parameters())
@@ -249,21 +248,22 @@ class Demo:
         self,
         model: MorphableModel,
         urza: Urza,
-        recorder: RunRecorder,
+        scribe: Scribe,
         *,
         results: Iterable[ResultRow] = (),
         interrupted: bool = False,
     ) -> RunRecord:
         """Close the record, and write it and what the library knows."""
+        recorder = scribe.recorder
         recorder.finish(
-            after=summarize_network(model, self.contributions),
+            after=summarize_network(model, scribe.contributions),
             results=results,
             audit_head=urza.audit.head(),
             interrupted=interrupted,
         )
         record = recorder.record()
         write_report(record, self.folder / "report.html")
-        (self.folder / "run.json").write_text(record.to_json())
+        (self.folder / FINAL_RECORD).write_text(record.to_json())
         (self.folder / "lineage.json").write_text(json.dumps(urza.lineage(), indent=2))
         urza.audit.export_jsonl(self.folder / "audit.jsonl")
         return record
@@ -336,6 +336,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "since this network learns in seconds and two runs are to give the same numbers",
     )
     parser.add_argument(
+        "--metrics-port", type=int, help="of this machine, where Prometheus is served meanwhile"
+    )
+    parser.add_argument(
         "--with-bad-blueprint",
         action="store_true",
         help="also submit a design that explodes, to see it rejected",
@@ -346,6 +349,7 @@ def main(options: argparse.Namespace) -> None:
     """Run the demo; a missing extra or Ctrl-C ends in one line and an exit status."""
     if importlib.util.find_spec("sklearn") is None:
         sys.exit("esper demo needs scikit-learn: pip install 'esper-torch[demo]'")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     try:
         Demo(options).run()

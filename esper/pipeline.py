@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import esper.blueprints as blueprints
 import esper.oona as oona
@@ -43,6 +43,9 @@ from esper.tolaria.evaluation import Batch, LossPerSample
 from esper.urabrask import Urabrask
 from esper.urza import Library
 
+if TYPE_CHECKING:
+    from esper.nissa.metrics import Metrics
+
 logger = logging.getLogger(__name__)
 
 # Designs that are nonlinear in the layer's input. On a Linear or convolution a linear one computes
@@ -53,6 +56,7 @@ _PATIENCE = 200  # observed steps without the end of an epoch, until a warning
 _ACCOUNTS = (Topic.LIFECYCLE, Topic.EPOCH, Topic.FIELD_REPORTS)
 _SETTLING_TIME_S = 10.0
 
+Listener = Callable[[OonaMessage], None]
 DesignsFor = Callable[[SiteSignature], Iterable[Design]]
 
 
@@ -63,8 +67,10 @@ class Pipeline:
     the bus. ``library`` is a library, or what :func:`esper.urza.connect` takes: a folder, the URL of
     a server, or None for what the environment says. ``designs`` says what is compiled for a
     site (by default every built-in design that fits), ``policy`` decides (by default a
-    :class:`esper.tamiyo.PlateauPolicy`). ``listener`` is called with every message but telemetry,
-    in the pipeline's thread. With ``synchronous`` the end of an epoch waits until every worker has
+    :class:`esper.tamiyo.PlateauPolicy`). ``listener``, one or several, is called with every message
+    but telemetry, in the pipeline's thread. With ``metrics_port`` Prometheus is served there, on
+    ``metrics_host``, while the pipeline runs; port 0 is a free one, see ``metrics.port``, and the
+    extra ``metrics`` is needed. With ``synchronous`` the end of an epoch waits until every worker has
     nothing left to do, so that two runs take the same decisions at the same steps; otherwise
     training never waits. Without ``local_workers`` blueprints are only submitted here, and forges
     and evaluators elsewhere make kernels of them; it then needs the trusted key alone.
@@ -84,7 +90,9 @@ class Pipeline:
         forge: ForgeSettings | None = None,
         evaluator: EvaluatorSettings | None = None,
         bus: Oona | None = None,
-        listener: Callable[[OonaMessage], None] | None = None,
+        listener: Listener | Sequence[Listener] = (),
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
         synchronous: bool = False,
         local_workers: bool = True,
         timeout_s: float = 300.0,
@@ -105,7 +113,7 @@ class Pipeline:
         self.tamiyo = Tamiyo(self.bus, self.urza, self._query_for, policy)
         self._designs = designs
         self._preferred_tags = preferred_tags
-        self._listener = listener
+        self._listeners = (listener,) if callable(listener) else tuple(listener)
         self._synchronous = synchronous
         self._local_workers = local_workers
         self._timeout_s = timeout_s
@@ -115,6 +123,16 @@ class Pipeline:
         self._failure: BaseException | None = None
         self._unheard_observations = 0
         self._observations: asyncio.Queue[Observation] = asyncio.Queue()
+        self._metrics_address = metrics_host, metrics_port
+        self.metrics: Metrics | None = None
+        if metrics_port is not None and not model.kasmina.follows:
+            self._measure()
+
+    def _measure(self) -> None:
+        from esper.nissa.metrics import Metrics
+
+        self.metrics = Metrics(self.model, self.bus)
+        self._listeners += (self.metrics.hear,)
 
     # ------------------------------------------------------------------ the training thread
 
@@ -139,6 +157,9 @@ class Pipeline:
         kasmina.deterministic |= self._synchronous
         if kasmina.follows:
             return
+        if self.metrics is not None:
+            host, port = self._metrics_address
+            self.metrics.serve(host, port or 0)
         kasmina.emit_lifecycle = self._publish_lifecycle
         kasmina.emit_observation = self._hand_over_observation
         self._thread.start()
@@ -178,6 +199,8 @@ class Pipeline:
             with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
                 self._loop.call_soon_threadsafe(self._stop)
             self._thread.join(self._timeout_s)
+        if self.metrics is not None:
+            self.metrics.close()
         if self._owns_library:
             self.urza.close()
         self._raise_failure()
@@ -281,9 +304,9 @@ class Pipeline:
             tasks.create_task(self._archive_lifecycle())
             tasks.create_task(self._publish_health())
             tasks.create_task(self._stock_library())
-            if self._listener is not None:
+            if self._listeners:
                 for topic in sorted(set(Topic) - TELEMETRY):
-                    tasks.create_task(self._listen(topic, self._listener))
+                    tasks.create_task(self._listen(topic))
             await asyncio.sleep(0)  # every task has joined its group before training goes on
             self._started.set()
 
@@ -304,12 +327,13 @@ class Pipeline:
             assert isinstance(message.payload, KasminaControlCommand)
             self.model.kasmina.submit(message.payload)
 
-    async def _listen(self, topic: Topic, listener: Callable[[OonaMessage], None]) -> None:
+    async def _listen(self, topic: Topic) -> None:
         async for message in self.bus.subscribe(topic, "listener"):
-            try:
-                listener(message)
-            except Exception:
-                logger.exception("the listener failed on %s", message.topic)
+            for listener in self._listeners:
+                try:
+                    listener(message)
+                except Exception:
+                    logger.exception("a listener failed on %s", message.topic)
 
     async def _archive_lifecycle(self) -> None:
         async for message in self.bus.subscribe(Topic.LIFECYCLE, "urza"):

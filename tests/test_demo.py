@@ -1,6 +1,7 @@
 """The main job from its command line, shortened: what it leaves behind, and that it repeats."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from esper import cli
 from esper.contracts import KernelStatus, SeedState
 from esper.demo import load_digits
+from esper.nissa.journal import JOURNAL, JournalReader
 from esper.nissa.record import RunRecord
 from esper.tolaria import Tolaria
 from esper.urza import Urza
@@ -91,6 +93,21 @@ def test_the_report_is_one_readable_page(runs: list[Path], record: RunRecord) ->
     for row in record.results:
         assert row.label in page
         assert f"{row.test_accuracy:.2%}".replace("%", "").strip() in page
+
+
+def test_the_journal_holds_what_the_record_does(
+    runs: list[Path], record: RunRecord, tmp_path: Path
+) -> None:
+    shutil.copy(runs[0] / JOURNAL, tmp_path)
+    live = JournalReader(tmp_path).record()
+    assert live is not None
+    assert live.step_losses == record.step_losses
+    assert live.epochs == record.epochs
+    assert live.lifecycle == record.lifecycle
+    assert live.alphas == record.alphas
+    assert live.kernels == record.kernels
+    assert live.field_reports == record.field_reports
+    assert not live.finished
 
 
 def test_library_lineage_and_audit_agree(runs: list[Path], record: RunRecord) -> None:

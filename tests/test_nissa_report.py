@@ -18,6 +18,8 @@ from nissa_sample import (
 
 from esper.contracts import Outcome, SeedState
 from esper.nissa import charts, story
+from esper.nissa.adaptations import adaptations
+from esper.nissa.figures import figures
 from esper.nissa.record import AlphaSeries, ResultRow, RunRecord, StepLoss
 from esper.nissa.report import render_report, write_report
 
@@ -237,7 +239,7 @@ def test_it_says_when_training_ended_before_a_kernel_was_judged():
 
 def test_the_results_stand_before_what_was_tried():
     text = Page(render_report(sample_record())).text
-    assert text.index("91.39 %") < text.index("was kept at epoch 18") < text.index("How it learned")
+    assert text.index("91.39 %") < text.index("What was tried") < text.index("How it learned")
 
 
 def test_the_headline_claims_no_plateau_that_the_record_does_not_show():
@@ -296,8 +298,48 @@ def test_the_verdict_on_loss():
     assert story.verdict([grown, static]) == story.verdict([]) == ""
 
 
-def test_the_details_say_what_each_kernel_was_worth():
-    text = " ".join(story.details(sample_record()))
-    assert "was kept at epoch 18: it lowers the held-out loss by 0.1620 ± 0.0110." in text
-    assert "removed without a trace at epoch 25: it raises the held-out loss by 0.0030" in text
+def test_the_details_count_what_was_made():
+    (text,) = story.details(sample_record())
     assert "3 kernels, 2 of them found safe and correct, 1 rejected." in text
+
+
+def test_each_attempt_says_what_where_when_why_its_cost_and_what_it_brought():
+    kept, removed = adaptations(sample_record())
+    assert (kept.design, kept.started_epoch, kept.report.num_parameters) == ("low_rank", 12, 352)
+    assert "validation loss flat over 4 epochs" in kept.why
+    assert (kept.state, removed.state) == (SeedState.FOSSILIZED, SeedState.CULLED)
+    text = " ".join(Page(render_report(sample_record())).text.split())
+    assert f"Why {kept.why}. Verdict {kept.report.reason}." in text
+
+
+def test_effects_are_drawn_from_one_zero_on_one_scale():
+    kept, removed = (a.bar for a in adaptations(sample_record()))
+    assert kept.zero == removed.zero
+    assert (kept.left, kept.helps) == (kept.zero, True)
+    assert (removed.left + removed.width, removed.helps) == (pytest.approx(removed.zero), False)
+    # 0.162 and 0.003, each with two standard errors of 0.011 to both sides
+    assert kept.width / removed.width == pytest.approx(0.162 / 0.003, rel=0.01)
+    assert kept.error_width / kept.width == pytest.approx(4 * 0.011 / 0.162, rel=0.01)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_an_attempt_with_any_outcome_is_shown(outcome):
+    record = empty_record(field_reports=[field_report(outcome=outcome)])
+    shown = "kept" if outcome is Outcome.FOSSILIZED else outcome.lower().replace("_", " ")
+    assert shown in Page(render_report(record)).text
+
+
+def test_an_effect_that_is_not_finite_has_no_bar():
+    diverged = field_report(contribution=math.nan)
+    assert [a.bar for a in adaptations(empty_record(field_reports=[diverged]))] == [None]
+    html = render_report(empty_record(field_reports=[diverged]))
+    assert "could not be measured" in Page(html).text
+
+
+def test_the_figures_sum_the_run_up():
+    told = {figure.label: (figure.value, figure.note) for figure in figures(sample_record())}
+    assert told["grown"][0] == "+352"
+    assert told["grown"][1].startswith("parameters: 1 of 2 attempts kept")
+    assert told["kernels made"] == ("3", "2 validated, 1 rejected")
+    assert told["trained"] == ("1 min 14 s", "30 epochs")
+    assert [figure.label for figure in figures(empty_record())] == ["trained"]

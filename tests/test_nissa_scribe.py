@@ -2,7 +2,6 @@
 
 import io
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -41,7 +40,7 @@ def recorder() -> RunRecorder:
 def test_alpha_drops_to_0_once_when_a_kernel_is_removed(recorder):
     kasmina = Kasmina()
     progress = RunProgress(1, console=Console(file=io.StringIO()))
-    scribe = Scribe(SimpleNamespace(kasmina=kasmina), Mock(), recorder, progress, {})
+    scribe = Scribe(SimpleNamespace(kasmina=kasmina), recorder, progress)
     for step, alphas in enumerate([{}, {SEED: 0.5}, {SEED: 1.0}, {}, {}, {SEED: 0.0}, {SEED: 0.2}]):
         kasmina.alphas = alphas
         scribe.on_step(step, epoch=0)

@@ -13,6 +13,7 @@ import functools
 import logging
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,7 @@ class Kasmina:
         self.tenancies: dict[SeedId, Tenancy] = {}
         self.num_occupied = 0
         self.num_transitions = 0
+        self.advance_ns = 0  # that advance() has taken of the training thread
         self.to_be_shown = any(layer.shapes is None for layer in self.layers.values())
         self.compiled_blocks: list[Any] = []  # of esper.kasmina.compilation
         self.emit_lifecycle: Callable[[LifecycleEvent], None] | None = None
@@ -227,6 +229,7 @@ class Kasmina:
 
     def advance(self) -> None:
         """Apply what is due. Called by ``model.step()`` when anything may be."""
+        began_ns = time.perf_counter_ns()
         self._end_observation()
         if self.peers is not None:
             self.peers.meet()
@@ -240,6 +243,7 @@ class Kasmina:
             self._tick()
         self._hand_out_snapshot()
         self._begin_observation()
+        self.advance_ns += time.perf_counter_ns() - began_ns
 
     def _tick(self) -> None:
         """Advance the seeds on the device, and see what it did to them some steps ago."""

@@ -111,11 +111,56 @@ class RunRecord(Contract):
         return cls.model_validate_json(data)
 
 
+class Alphas(Contract):
+    """The alphas of all seeds with a kernel in place, and of those that just lost theirs."""
+
+    step: int
+    alphas: tuple[tuple[SeedId, float], ...]
+
+
+class RunHeader(Contract):
+    """What is known of a run as it begins; the fields are those of :class:`RunRecord`."""
+
+    name: str
+    network: str
+    command: str
+    seed: int
+    machine: str
+    torch_version: str
+    started_at: float
+    before: tuple[LayerSummary, ...] = ()
+
+
+Entry = StepLoss | EpochEvent | LifecycleEvent | Alphas | KernelConsidered | FieldReport
+
+
+def assemble(header: RunHeader, entries: Iterable[Entry], **outcome: object) -> RunRecord:
+    """Put a record together from what happened, in the order of time.
+
+    ``outcome`` gives the remaining fields of the record, at least ``duration_s`` and ``finished``.
+    """
+    by_type: dict[type[Entry], list[Entry]] = {}
+    for entry in entries:
+        by_type.setdefault(type(entry), []).append(entry)
+    return RunRecord.model_validate(
+        {
+            **dict(header),
+            "step_losses": by_type.get(StepLoss, ()),
+            "epochs": by_type.get(EpochEvent, ()),
+            "lifecycle": by_type.get(LifecycleEvent, ()),
+            "alphas": _alpha_series(by_type.get(Alphas, ())),
+            "kernels": _latest_by_artifact(by_type.get(KernelConsidered, ())),
+            "field_reports": by_type.get(FieldReport, ()),
+            **outcome,
+        }
+    )
+
+
 class RunRecorder:
     """Collects a run as it happens; any method may be called from any thread.
 
     Takes plain numbers only, so it never makes the caller's thread wait for the device. The lock is
-    held for one append, or for the copy that :meth:`record` makes.
+    held for one append, or for the copy of a list.
     """
 
     def __init__(
@@ -129,60 +174,51 @@ class RunRecorder:
         torch_version: str,
         before: Iterable[LayerSummary] = (),
     ) -> None:
-        self._run: dict[str, object] = {
-            "name": name,
-            "network": network,
-            "command": command,
-            "seed": seed,
-            "machine": machine,
-            "torch_version": torch_version,
-            "started_at": time.time(),
-            "before": tuple(before),
-        }
+        self.header = RunHeader(
+            name=name,
+            network=network,
+            command=command,
+            seed=seed,
+            machine=machine,
+            torch_version=torch_version,
+            started_at=time.time(),
+            before=tuple(before),
+        )
         self._started = time.perf_counter()
         self._lock = threading.Lock()
-        self._step_losses: list[StepLoss] = []
-        self._epochs: list[EpochEvent] = []
-        self._lifecycle: list[LifecycleEvent] = []
-        self._alphas: dict[SeedId, list[tuple[int, float]]] = {}
-        self._kernels: dict[str, KernelConsidered] = {}
-        self._field_reports: list[FieldReport] = []
+        self._entries: list[Entry] = []
         self._outcome: dict[str, object] = {"finished": False}
 
     def add_step(self, step: int, epoch: int, loss: float) -> None:
-        entry = StepLoss(step=step, epoch=epoch, loss=loss)
-        with self._lock:
-            self._step_losses.append(entry)
+        self._add(StepLoss(step=step, epoch=epoch, loss=loss))
 
     def add_alphas(self, step: int, alphas: Mapping[SeedId, float]) -> None:
-        with self._lock:
-            for seed_id, alpha in alphas.items():
-                self._alphas.setdefault(seed_id, []).append((step, alpha))
+        if alphas:
+            self._add(Alphas(step=step, alphas=tuple(alphas.items())))
 
     def add_epoch(self, event: EpochEvent) -> None:
-        with self._lock:
-            self._epochs.append(event)
+        self._add(event)
 
     def add_lifecycle(self, event: LifecycleEvent) -> None:
-        with self._lock:
-            self._lifecycle.append(event)
+        self._add(event)
 
     def add_kernel(
         self, kernel: KernelRecord, report: UrabraskValidationReport | None = None
     ) -> None:
         """Record an artifact; a later call for the same artifact replaces the earlier one."""
-        entry = KernelConsidered(kernel=kernel, report=report)
-        with self._lock:
-            self._kernels[kernel.artifact_id] = entry
+        self._add(KernelConsidered(kernel=kernel, report=report))
 
     def add_field_report(self, report: FieldReport) -> None:
+        self._add(report)
+
+    def _add(self, entry: Entry) -> None:
         with self._lock:
-            self._field_reports.append(report)
+            self._entries.append(entry)
 
     def stop_clock(self) -> None:
         """Training is over; what is measured afterwards does not count. The first call stands."""
         with self._lock:
-            self._outcome.setdefault("duration_s", time.perf_counter() - self._started)
+            self._outcome.setdefault("duration_s", self._elapsed_s())
 
     def finish(
         self,
@@ -204,18 +240,36 @@ class RunRecorder:
         with self._lock:
             self._outcome |= outcome
 
+    def news(self, known: int = 0) -> tuple[list[Entry], float]:
+        """Return the entries after the first ``known`` ones, and the seconds of training so far."""
+        with self._lock:
+            elapsed_s = self._outcome.get("duration_s", self._elapsed_s())
+            assert isinstance(elapsed_s, float)
+            return self._entries[known:], elapsed_s
+
     def record(self) -> RunRecord:
         """Return everything so far; the run may go on."""
+        entries, duration_s = self.news()
         with self._lock:
-            alphas = {seed_id: tuple(points) for seed_id, points in self._alphas.items()}
-            collected = {
-                "step_losses": tuple(self._step_losses),
-                "epochs": tuple(self._epochs),
-                "lifecycle": tuple(self._lifecycle),
-                "kernels": tuple(self._kernels.values()),
-                "field_reports": tuple(self._field_reports),
-                "duration_s": time.perf_counter() - self._started,
-                **self._outcome,
-            }
-        series = tuple(AlphaSeries(seed_id=id_, points=points) for id_, points in alphas.items())
-        return RunRecord.model_validate({**self._run, **collected, "alphas": series})
+            outcome = {"duration_s": duration_s, **self._outcome}
+        return assemble(self.header, entries, **outcome)
+
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def _alpha_series(entries: Iterable[Entry]) -> list[AlphaSeries]:
+    series: dict[SeedId, list[tuple[int, float]]] = {}
+    for entry in entries:
+        assert isinstance(entry, Alphas)
+        for seed_id, alpha in entry.alphas:
+            series.setdefault(seed_id, []).append((entry.step, alpha))
+    return [AlphaSeries(seed_id=seed_id, points=tuple(p)) for seed_id, p in series.items()]
+
+
+def _latest_by_artifact(entries: Iterable[Entry]) -> list[KernelConsidered]:
+    kernels: dict[str, KernelConsidered] = {}
+    for entry in entries:
+        assert isinstance(entry, KernelConsidered)
+        kernels[entry.kernel.artifact_id] = entry
+    return list(kernels.values())

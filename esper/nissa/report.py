@@ -1,7 +1,6 @@
 """The report of one run: a single HTML file that needs nothing else, offline and for good."""
 
 import re
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,10 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import esper.nissa.charts as charts
+import esper.nissa.figures as figures
 import esper.nissa.formats as formats
 import esper.nissa.story as story
 from esper.contracts import KernelStatus, SeedState
-from esper.nissa.record import KernelConsidered, LayerSummary, RunRecord
+from esper.nissa.adaptations import adaptations
+from esper.nissa.record import KernelConsidered, RunRecord
 
 GLOSSARY = {
     "Seed": "a place on a layer where something can grow. It costs nothing while it sleeps.",
@@ -32,9 +33,22 @@ GLOSSARY = {
 }
 
 
+_WAITING = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{0}: Esper run report</title>
+<style>:root {{ color-scheme: light dark; }} body {{ font: 1rem/1.5 system-ui, sans-serif; }}</style>
+</head><body data-state="waiting"><p><b>{0}</b>: waiting for the run to begin.</p></body></html>
+"""
+
+
 def write_report(record: RunRecord, path: Path) -> None:
     """Write ``record`` as one HTML file; the same record gives the same bytes."""
     path.write_text(render_report(record), encoding="utf-8", newline="\n")
+
+
+def render_waiting(name: str) -> str:
+    """Return the page of a run of which nothing is known yet."""
+    return _WAITING.format(escape(name))
 
 
 def render_report(record: RunRecord) -> str:
@@ -49,7 +63,9 @@ def render_report(record: RunRecord) -> str:
             verdict=story.verdict(record.results),
             details=story.details(record),
             designs=story.designs(record),
-            adaptations=[(r, story.started_epoch(record, r)) for r in record.field_reports],
+            adaptations=adaptations(record),
+            figures=figures.figures(record),
+            ended=record.finished or record.interrupted,
             charts=[chart for plot in plots if (chart := plot(record, x))],
             epoch_ticks=charts.epoch_ticks(record, x),
             markers=charts.markers(record, x),
@@ -82,7 +98,7 @@ def _environment() -> Environment:
         "loss": formats.loss,
         "microseconds": formats.microseconds,
         "number": formats.number,
-        "parameters": _parameters,
+        "parameters": figures.parameters,
         "percent": formats.percent,
         "plural": formats.plural,
         "seed": formats.seed_label,
@@ -118,9 +134,3 @@ def _lived_states(record: RunRecord) -> list[SeedState]:
 
 def _network_states(record: RunRecord) -> list[SeedState]:
     return sorted({seed.state for layer in record.before + record.after for seed in layer.seeds})
-
-
-def _parameters(layers: Iterable[LayerSummary]) -> int:
-    return sum(
-        layer.host_parameters + sum(seed.parameters for seed in layer.seeds) for layer in layers
-    )

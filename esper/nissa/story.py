@@ -13,7 +13,7 @@ from esper.contracts import (
     Outcome,
     SeedState,
 )
-from esper.nissa.formats import effect, loss, plural
+from esper.nissa.formats import loss, plural
 from esper.nissa.record import ResultRow, RunRecord
 
 _WINDOW = 4  # epochs before an adaptation in which the loss is compared with what went before
@@ -42,9 +42,8 @@ def headline(record: RunRecord) -> str:
 
 
 def details(record: RunRecord) -> list[str]:
-    """What was tried, and what each kernel was worth."""
-    adaptations = [_adaptation(record, report) for report in record.field_reports]
-    return [text for text in (_forge(record), *adaptations, unjudged(record)) if text]
+    """What was made for the run, and whether any of it could prove itself."""
+    return [text for text in (_forge(record), unjudged(record)) if text]
 
 
 def unjudged(record: RunRecord) -> str:
@@ -151,20 +150,6 @@ def _forge(record: RunRecord) -> str:
 
 def _statuses(record: RunRecord) -> list[KernelStatus]:
     return [entry.kernel.status for entry in record.kernels]
-
-
-def _adaptation(record: RunRecord, report: FieldReport) -> str:
-    kernel = _kernel(record, report)
-    verb = {
-        Outcome.FOSSILIZED: "was kept",
-        Outcome.CULLED: "was removed without a trace",
-        Outcome.FAILED: "failed, and the layer went on alone",
-    }[report.outcome]
-    text = f"In `{report.seed_id[0]}`, {kernel} {verb} at epoch {report.ended_epoch}"
-    if report.evaluation is not None:
-        evaluation = report.evaluation
-        text += f": it {effect(evaluation.contribution, evaluation.standard_error)}"
-    return f"{text}."
 
 
 def _compared(scored: list[Scored], described: Callable[[float], str]) -> str:

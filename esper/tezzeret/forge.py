@@ -274,8 +274,11 @@ class Tezzeret:
             log = str(error) or repr(error)
             await self._finish(blueprint_id, pipeline, clock, None, log)
             raise
+        compile_s = clock.wall_s()
         await self._finish(blueprint_id, pipeline, clock, artifact_id, remark)
-        self._announce(Topic.KERNEL_READY, KernelReady(artifact_id=artifact_id))
+        self._announce(
+            Topic.KERNEL_READY, KernelReady(artifact_id=artifact_id, compile_s=compile_s)
+        )
         return artifact_id
 
     async def _package(

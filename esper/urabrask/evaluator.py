@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from types import TracebackType
 from typing import Self
 
@@ -76,6 +77,7 @@ class Urabrask:
         bytes are not those that its id names, or it is for another machine. Raises
         :class:`WorkerError` if the evaluator itself failed. Neither leaves a verdict.
         """
+        began_s = time.monotonic()
         bundle = await asyncio.to_thread(self._urza.fetch_kernel, artifact_id)
         report = await self._judge(artifact_id, bundle)
         report = await asyncio.to_thread(self._tagged, report, bundle.record.manifest)
@@ -84,7 +86,7 @@ class Urabrask:
         )
         signature = self._urza.evaluator_key.sign(statement)
         await asyncio.to_thread(self._urza.record_report, report, statement, signature)
-        self._announce(report)
+        self._announce(report, time.monotonic() - began_s)
         return report
 
     async def run(self) -> None:
@@ -218,9 +220,12 @@ class Urabrask:
         except (LibraryError, OSError) as error:
             logger.debug("%s", error)  # it was taken over, or will be when the lease runs out
 
-    def _announce(self, report: UrabraskValidationReport) -> None:
+    def _announce(self, report: UrabraskValidationReport, evaluation_s: float) -> None:
         if self._bus is not None:
             payload = KernelCharacterized(
-                artifact_id=report.artifact_id, status=report.status, tags=report.tags
+                artifact_id=report.artifact_id,
+                status=report.status,
+                tags=report.tags,
+                evaluation_s=evaluation_s,
             )
             self._bus.publish(Topic.KERNEL_CHARACTERIZED, _GROUP, payload)
