@@ -17,6 +17,7 @@ class SeedSettings(Contract):
     embargo_steps: int = Field(default=200, ge=0)  # CULLED lasts that long before DORMANT
     cache_capacity_bytes: int = Field(default=256 * 2**20, ge=0)
     deterministic: bool = False  # steps wait for kernels that are being loaded
+    rollback_enabled: bool = True  # the host is copied to the CPU before it hears a seed
 
 
 class ForgeSettings(Contract):
@@ -62,15 +63,25 @@ class EvaluatorSettings(Contract):
 
 
 class TamiyoSettings(Contract):
-    """When Tamiyo acts."""
+    """When Tamiyo acts, and what her kernels may cost. A budget is for all of a model together."""
 
     window_epochs: int = Field(default=4, ge=2)  # over which the slope of the loss is fitted
     min_relative_improvement: float = 0.02  # less than this per window is a plateau
+    trend_standard_errors: float = Field(default=1.0, ge=0)  # of the slope, to be sure of that
     warmup_epochs: int = Field(default=4, ge=0)
     cooldown_epochs: int = Field(default=2, ge=0)  # after an adaptation ended
+    embargo_epochs: int = Field(default=4, ge=0)  # for a seed where a kernel was culled
     max_adaptations: int = Field(default=8, ge=0)
-    max_parameters: int | None = Field(default=None, ge=0)  # all kernels of the model together
-    required_standard_errors: float = 1.0  # contribution must exceed that many to be kept
+    max_concurrent: int = Field(default=1, ge=1)  # adaptations under way
+    max_parameters: int | None = Field(default=None, ge=0)
+    max_flops_per_sample: int | None = Field(default=None, ge=0)
+    max_memory_bytes: int | None = Field(default=None, ge=0)  # as the evaluator measured it
+    max_risk_score: float | None = Field(default=None, ge=0, le=1)  # of any one kernel
+    required_tags: frozenset[str] = frozenset()
+    excluded_tags: frozenset[str] = frozenset()
+    required_standard_errors: float = 1.645  # of a contribution, to be kept: 95 %, one-sided
+    explosion_factor: float = Field(default=2.0, gt=0)  # a rise of the loss by so many times itself
+    command_lifetime_epochs: int = Field(default=16, ge=0)  # for which a decision holds
 
 
 class BusSettings(Contract):

@@ -74,6 +74,7 @@ class CommandKind(StrEnum):
     GERMINATE = "GERMINATE"
     KEEP = "KEEP"
     CULL = "CULL"
+    ROLL_BACK = "ROLL_BACK"
 
 
 class Outcome(StrEnum):
@@ -99,6 +100,8 @@ class Topic(StrEnum):
     KERNEL_CHARACTERIZED = "validation.kernel.characterized"
     EPOCH = "system.events.epoch"
     LIFECYCLE = "system.events.lifecycle"
+    TAMIYO_REQUESTS = "control.tamiyo.requests"
+    TAMIYO_STATUS = "control.tamiyo.status"
 
 
 class Contract(BaseModel):
@@ -464,7 +467,11 @@ class GraftingStrategy(Contract):
 
 
 class KasminaControlCommand(Contract):
-    """An order to the execution layer. Applied between two steps, once per ``command_id``."""
+    """An order to the execution layer. Applied between two steps, once per ``command_id``.
+
+    It is stale, and refused, after ``valid_until_epoch``, and if it is about another kernel than
+    the one in place (``artifact_id``, which only a germination must give).
+    """
 
     command_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
     kind: CommandKind
@@ -473,12 +480,13 @@ class KasminaControlCommand(Contract):
     artifact_id: Sha256 | None = None
     strategy: GraftingStrategy = GraftingStrategy()
     epoch: int  # the epoch on whose evidence the command was issued
+    valid_until_epoch: int | None = None
     reason: str
 
     @model_validator(mode="after")
     def _germination_names_its_kernel(self) -> "KasminaControlCommand":
-        if (self.kind is CommandKind.GERMINATE) != (self.artifact_id is not None):
-            raise ValueError(f"a {self.kind} command with artifact_id={self.artifact_id}")
+        if self.kind is CommandKind.GERMINATE and self.artifact_id is None:
+            raise ValueError("a GERMINATE command without an artifact_id")
         return self
 
 
@@ -547,6 +555,33 @@ class KernelCharacterized(Contract):
     evaluation_s: float | None = Field(default=None, ge=0, exclude_if=lambda s: s is None)
 
 
+class RequestKind(StrEnum):
+    STATUS = "STATUS"
+    PAUSE = "PAUSE"
+    RESUME = "RESUME"
+
+
+class TamiyoRequest(Contract):
+    """Asks the controller to pause or to go on; it answers with its status in any case."""
+
+    request_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    kind: RequestKind
+
+
+class TamiyoStatus(Contract):
+    """What the controller is about, in answer to a request."""
+
+    request_id: str | None = None
+    paused: bool
+    policy: str
+    epoch: int | None  # of the last epoch's end that it has heard of
+    adapting: tuple[tuple[SeedId, SeedState], ...]
+    num_adaptations: int
+    num_parameters: int  # of the kernels in place or on their way, as the next two
+    flops_per_sample: int
+    memory_bytes: int
+
+
 PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.SEED_HEALTH: HealthBatch,
     Topic.KASMINA_COMMANDS: KasminaControlCommand,
@@ -556,6 +591,8 @@ PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.KERNEL_CHARACTERIZED: KernelCharacterized,
     Topic.EPOCH: EpochEvent,
     Topic.LIFECYCLE: LifecycleEvent,
+    Topic.TAMIYO_REQUESTS: TamiyoRequest,
+    Topic.TAMIYO_STATUS: TamiyoStatus,
 }
 
 

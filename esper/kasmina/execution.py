@@ -38,8 +38,10 @@ from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.handles import LayerHandles
+from esper.kasmina.host_state import HostState
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.lifecycle import ACTIVE, check_edge
 from esper.kasmina.loader import KernelLoader, KernelSource, compute_alone
 from esper.kasmina.observation import Observation
 from esper.kasmina.resume import KasminaRecord, TenancyRecord
@@ -104,11 +106,12 @@ class Kasmina:
         self._executor: ThreadPoolExecutor | None = None
         self.training_thread = threading.get_ident()
 
-    def plant(self) -> None:
+    def plant(self, root: nn.Module) -> None:
         """Begin, on a new model or on a copy.
 
         Layers whose width is unknown are observed for one forward; the others are not touched.
         """
+        self._root = weakref.ref(root)
         for layer in self.layers.values():
             SEEDED.add(layer.default_transform)
             if layer.shapes is None:
@@ -295,14 +298,37 @@ class Kasmina:
         if tenancy is not None:
             tenancy.steps_left = self._duration(tenancy.strategy, target)
             artifact_id = artifact_id or tenancy.artifact_id
-            if target in (SeedState.CULLED, SeedState.CANCELLED):
+            if target in (SeedState.CULLED, SeedState.CANCELLED, SeedState.ROLLED_BACK):
                 tenancy.answer(False)
+                tenancy.host_state = None
+            elif target is SeedState.GRAFTING and self.settings.rollback_enabled:
+                tenancy.host_state = self._host_state()
         if target is SeedState.FOSSILIZED:
             self._fossils.add(seed_id)
         if target in (SeedState.DORMANT, SeedState.FOSSILIZED, SeedState.ROLLED_BACK):
             self.tenancies.pop(seed_id, None)
         logger.info("%s: %s > %s (%s)", layer.seed_name(seed_idx), source.name, target.name, reason)
         self._emit(layer, seed_idx, source, target, reason, artifact_id)
+
+    def _host_state(self) -> HostState:
+        root = self._root()
+        assert root is not None
+        return HostState(root, [attached.optimizer for attached in self.enrollment.attachments])
+
+    def roll_back(self, layer: KasminaLayer, seed_idx: int, reason: str) -> None:
+        """See :meth:`KasminaLayer.roll_back`. Training thread."""
+        name, source = layer.seed_name(seed_idx), layer.state(seed_idx)
+        check_edge(source, SeedState.ROLLED_BACK, name)
+        tenancy = self.tenancies.get((layer.name, seed_idx))
+        host_state = None if tenancy is None else tenancy.host_state
+        if source in ACTIVE and host_state is None:
+            raise EsperError(
+                f"{name}: the host's state of before it heard the seed is not there: it is kept "
+                "with SeedSettings(rollback_enabled=True), and not saved in checkpoints"
+            )
+        layer.lock(seed_idx, reason)
+        if host_state is not None:
+            host_state.restore()
 
     def seeds_in(self, states: frozenset[SeedState]) -> list[SeedId]:
         return [
@@ -627,6 +653,7 @@ class Kasmina:
     def _carry_out(self, command: KasminaControlCommand) -> None:
         layer = self.layer(command.layer_name)
         layer.check_seed(command.seed_idx)
+        self._check_current(command, layer)
         if command.kind is CommandKind.GERMINATE:
             assert command.artifact_id is not None
             layer.request_germination(
@@ -634,8 +661,28 @@ class Kasmina:
             )
         elif command.kind is CommandKind.KEEP:
             layer.keep(command.seed_idx, command.reason)
-        else:
+        elif command.kind is CommandKind.CULL:
             layer.cull(command.seed_idx, command.reason)
+        else:
+            layer.roll_back(command.seed_idx, command.reason)
+
+    def _check_current(self, command: KasminaControlCommand, layer: KasminaLayer) -> None:
+        """Raise :class:`EsperError` for a command that what has happened since has overtaken."""
+        last = command.valid_until_epoch
+        if last is not None and self.epoch > last:
+            raise EsperError(
+                f"stale: decided on epoch {command.epoch} and valid until epoch {last}, but it is "
+                f"epoch {self.epoch}"
+            )
+        if command.kind is CommandKind.GERMINATE or command.artifact_id is None:
+            return
+        tenancy = self.tenancies.get((layer.name, command.seed_idx))
+        present = None if tenancy is None else tenancy.artifact_id
+        if present != command.artifact_id:
+            raise EsperError(
+                f"stale: meant for kernel {command.artifact_id}, but {present} is at "
+                f"{layer.seed_name(command.seed_idx)}"
+            )
 
     # ------------------------------------------------------------------ observed steps
 

@@ -251,6 +251,23 @@ class KasminaLayer:
         self._move(seed_idx, SeedState.CULLED, reason)
         self._vacate(seed_idx)
 
+    def roll_back(self, seed_idx: int, reason: str) -> None:
+        """Any state that is not final > ROLLED_BACK: as if the host had never heard the seed.
+
+        The layer is given back untouched; weights, buffers and optimizers' states of the host are
+        those of the moment before GRAFTING, bit for bit, and the seed is locked. A seed that was
+        not heard yet is locked and no more. Training goes on from there: schedulers, random numbers
+        and the order of the data are the caller's, and go on. Does not wait for the device. Raises
+        :class:`LifecycleError` for a final state, :class:`EsperError` if that state was not kept.
+        """
+        self.check_seed(seed_idx)
+        self.kasmina.roll_back(self, seed_idx, reason)
+
+    def lock(self, seed_idx: int, reason: str) -> None:
+        """Any state that is not final > ROLLED_BACK, for :meth:`roll_back`."""
+        self._move(seed_idx, SeedState.ROLLED_BACK, reason)
+        self._vacate(seed_idx)
+
     def evict(self, seed_idx: int) -> None:
         """Give the layer back whatever the seed's state, since its bank is about to go."""
         self._vacate(seed_idx)

@@ -192,7 +192,7 @@ class MorphableModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MorphableModel":
         twin = cast(MorphableModel, copy_module(self, memo))
-        twin.kasmina.plant()
+        twin.kasmina.plant(twin)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -251,7 +251,7 @@ def wrap(
     kasmina = Kasmina(sites, settings, _device_of(net), aliases(net, sites))
     net.__dict__[_KASMINA] = kasmina
     net.__class__ = _morphable_class(type(net))
-    kasmina.plant()
+    kasmina.plant(net)
     return cast(MorphableModel, net)
 
 

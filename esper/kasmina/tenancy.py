@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from esper.contracts import GraftingStrategy
+from esper.kasmina.host_state import HostState
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 
@@ -29,6 +30,7 @@ class Tenancy:
     steps_left: int | None = None  # in the present state; None: it waits for somebody's word
     prepared: "Future[Kernel] | None" = None  # while LOADING
     fits: bool = False  # what was prepared has been found fit on this rank, others may still load
+    host_state: HostState | None = None  # of before the host heard the kernel
     settled: "Future[bool]" = field(default_factory=_uncancellable)  # is it in place?
 
     def answer(self, in_place: bool) -> None:
@@ -38,4 +40,6 @@ class Tenancy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tenancy":
         layer = copy.deepcopy(self.layer, memo)
-        return replace(self, layer=layer, prepared=None, fits=False, settled=_uncancellable())
+        return replace(
+            self, layer=layer, prepared=None, fits=False, host_state=None, settled=_uncancellable()
+        )

@@ -37,3 +37,12 @@ def mark(device: torch.device) -> Event | None:
 def host_bytes(num_bytes: int, device: torch.device) -> Tensor:
     """Return uninitialised host memory that ``device`` can copy to and from without a wait."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory (pinned for CUDA), begun on the current stream.
+
+    Copies back that are begun on the same stream come after it, so nobody need wait.
+    """
+    copied = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return copied.copy_(tensor, non_blocking=True)
