@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 import esper.blueprints as blueprints
 import esper.oona as oona
 import esper.urza as urza
-from esper.config import EvaluatorSettings, ForgeSettings
+from esper.config import EvaluatorSettings, ForgeSettings, TamiyoSettings
 from esper.contracts import (
     Design,
     EpochEvent,
@@ -67,10 +67,12 @@ class Pipeline:
     the bus. ``library`` is a library, or what :func:`esper.urza.connect` takes: a folder, the URL of
     a server, or None for what the environment says. ``designs`` says what is compiled for a
     site (by default every built-in design that fits), ``policy`` decides (by default a
-    :class:`esper.tamiyo.PlateauPolicy`). ``listener``, one or several, is called with every message
-    but telemetry, in the pipeline's thread. With ``metrics_port`` Prometheus is served there, on
-    ``metrics_host``, while the pipeline runs; port 0 is a free one, see ``metrics.port``, and the
-    extra ``metrics`` is needed. With ``synchronous`` the end of an epoch waits until every worker has
+    :class:`esper.tamiyo.PlateauPolicy`), and ``controller`` sets limits to any policy. What decisions
+    depend on is written to ``journal``, for :func:`esper.tamiyo.replay`. ``listener``, one or several,
+    is called with every message but telemetry, in the pipeline's thread. With ``metrics_port``
+    Prometheus is served there, on ``metrics_host``, while the pipeline runs; port 0 is a free one, see
+    ``metrics.port``, and the extra ``metrics`` is needed. With ``synchronous`` the end of an epoch waits
+    until every worker has
     nothing left to do, so that two runs take the same decisions at the same steps; otherwise
     training never waits. Without ``local_workers`` blueprints are only submitted here, and forges
     and evaluators elsewhere make kernels of them; it then needs the trusted key alone.
@@ -87,6 +89,8 @@ class Pipeline:
         designs: DesignsFor = blueprints.designs_for,
         preferred_tags: frozenset[str] = NONLINEAR_DESIGNS,
         policy: Policy | None = None,
+        controller: TamiyoSettings | None = None,
+        journal: Path | None = None,
         forge: ForgeSettings | None = None,
         evaluator: EvaluatorSettings | None = None,
         bus: Oona | None = None,
@@ -110,7 +114,9 @@ class Pipeline:
         self.urabrask = Urabrask(
             self.urza, self.bus, evaluator or EvaluatorSettings(), device=device
         )
-        self.tamiyo = Tamiyo(self.bus, self.urza, self._query_for, policy)
+        self.tamiyo = Tamiyo(
+            self.bus, self.urza, self._query_for, policy, settings=controller, journal=journal
+        )
         self._designs = designs
         self._preferred_tags = preferred_tags
         self._listeners = (listener,) if callable(listener) else tuple(listener)

@@ -1,29 +1,13 @@
-"""A library in memory with real signatures, and designs that behave in ways tests need."""
+"""Designs that behave in ways tests need, and a fake library that makes kernels of them."""
 
-import functools
-import hashlib
 from collections.abc import Callable
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
-from esper.contracts import (
-    Design,
-    KernelBundle,
-    KernelManifest,
-    KernelRecord,
-    KernelStatement,
-    KernelStatus,
-    Pipeline,
-    SiteSignature,
-)
-from esper.errors import ArtifactNotFoundError
-from esper.tezzeret.trace import trace
-from esper.trust import TrustedKey
-from esper.urza.signing import EvaluatorKey
-
-LINEAR_8_4 = SiteSignature(host="Linear", inp_shape=(None, 8), act_shape=(None, 4), channel_dim=1)
+import esper.testing
+from esper.contracts import KernelStatus, SiteSignature
+from esper.testing import LINEAR_8_4
 
 
 class Residual(nn.Module):
@@ -102,21 +86,8 @@ class Doubled(nn.Module):
         return act * 2
 
 
-class MemoryLibrary:
-    """A ``KernelSource`` whose evaluator signs whatever a test asks for."""
-
-    def __init__(self) -> None:
-        self.key = EvaluatorKey(Ed25519PrivateKey.generate())
-        self.bundles: dict[str, KernelBundle] = {}
-
-    @property
-    def trusted_key(self) -> TrustedKey:
-        return self.key.trusted()
-
-    def fetch_kernel(self, artifact_id: str) -> KernelBundle:
-        if artifact_id not in self.bundles:
-            raise ArtifactNotFoundError(f"no kernel {artifact_id}")
-        return self.bundles[artifact_id]
+class MemoryLibrary(esper.testing.FakeLibrary):
+    """A fake library that makes :class:`Residual` unless told otherwise."""
 
     def add(
         self,
@@ -127,46 +98,4 @@ class MemoryLibrary:
         device: str = "cpu",
         **hparams: float,
     ) -> str:
-        """Trace a design for a site, sign it with ``status`` and return the artifact's id."""
-        manifest, files = _artifact(builder, site, device, tuple(sorted(hparams.items())))
-        statement = KernelStatement(
-            artifact_id=manifest.artifact_id, status=status, report_digest="0" * 64
-        )
-        record = KernelRecord(
-            artifact_id=manifest.artifact_id,
-            manifest=manifest,
-            status=status,
-            statement=statement,
-            signature=self.key.sign(statement),
-        )
-        self.bundles[manifest.artifact_id] = KernelBundle(record=record, files=files)
-        return manifest.artifact_id
-
-
-@functools.cache
-def _artifact(
-    builder: Callable[..., nn.Module],
-    site: SiteSignature,
-    device: str,
-    hparams: tuple[tuple[str, float], ...],
-) -> tuple[KernelManifest, dict[str, bytes]]:
-    design = Design(
-        name=builder.__name__,
-        builder=f"{builder.__module__}:{builder.__name__}",
-        hparams=dict(hparams),
-    )
-    blueprint, graph, params = trace(design, site, "float32")
-    files = {"graph.json": graph, "params.safetensors": params}
-    manifest = KernelManifest(
-        blueprint_id=blueprint.blueprint_id,
-        design=design,
-        pipeline=Pipeline.FAST,
-        site=site,
-        dtype="float32",
-        device=device,
-        torch_version=".".join(torch.__version__.split(".")[:2]),
-        num_parameters=blueprint.num_parameters,
-        flops_per_sample=blueprint.flops_per_sample,
-        files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-    )
-    return manifest, files
+        return super().add(builder, site, status=status, device=device, **hparams)

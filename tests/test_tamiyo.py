@@ -2,102 +2,36 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
 
 import pytest
-from kasmina_library import LINEAR_8_4, MemoryLibrary
+import torch
+from kasmina_library import LINEAR_8_4
+from tamiyo_samples import FALLING, FLAT, epochs, evaluation, kernel_costing, moved, signal, view
 
 from esper.config import TamiyoSettings
 from esper.contracts import (
     CommandKind,
-    EpochEvent,
-    FieldReport,
     HealthBatch,
-    HealthSignal,
     KasminaControlCommand,
     KernelQuery,
     KernelRecord,
     LifecycleEvent,
     Outcome,
-    SeedEvaluation,
-    SeedId,
     SeedState,
     Topic,
 )
 from esper.oona import MemoryBus
-from esper.tamiyo import ModelView, PlateauPolicy, Tamiyo
-from esper.tamiyo.policy import relative_improvement
+from esper.tamiyo import Cost, ModelView, PlateauPolicy, Tamiyo
+from esper.tamiyo.trend import fit_trend, plateau
+from esper.testing import FakeLibrary
 
 S = SeedState
 SETTINGS = TamiyoSettings(window_epochs=3, warmup_epochs=3, cooldown_epochs=2, max_adaptations=2)
-FLAT, FALLING = [1.0, 1.0, 1.0, 1.0], [1.0, 0.8, 0.6, 0.4]
-
-
-def epochs(
-    losses: Sequence[float],
-    *evaluations: SeedEvaluation,
-    train_losses: Sequence[float] | None = None,
-) -> tuple[EpochEvent, ...]:
-    return tuple(
-        EpochEvent(
-            epoch=number,
-            step=10 * number,
-            train_loss=loss if train_losses is None else train_losses[number],
-            val_loss=loss,
-            val_loss_standard_error=0.1,
-            evaluations=evaluations if number == len(losses) - 1 else (),
-        )
-        for number, loss in enumerate(losses)
-    )
-
-
-def signal(seed_id: SeedId, energy: float) -> HealthSignal:
-    return HealthSignal(
-        seed_id=seed_id,
-        health_score=1.0,
-        execution_time_us=1.0,
-        lifecycle_state=S.DORMANT,
-        epoch=0,
-        step=0,
-        mean=0.0,
-        variance=1.0,
-        dead_fraction=0.0,
-        non_finite=0,
-        gradient_energy=energy,
-        error_count=0,
-    )
-
-
-def evaluation(contribution: float, error: float = 0.1) -> SeedEvaluation:
-    return SeedEvaluation(
-        seed_id=("fc", 0),
-        loss_with=1.0,
-        loss_without=1.0 + contribution,
-        contribution=contribution,
-        standard_error=error,
-        num_samples=100,
-    )
 
 
 @pytest.fixture
 def kernel() -> KernelRecord:
-    library = MemoryLibrary()
-    return library.bundles[library.add()].record
-
-
-def view(kernel: KernelRecord, losses: Sequence[float] = FLAT, **changes: object) -> ModelView:
-    defaults: dict[str, object] = {
-        "epochs": epochs(losses),
-        "health": {("fc", 0): signal(("fc", 0), 1.0), ("fc", 1): signal(("fc", 1), 3.0)},
-        "states": {},
-        "failures": {},
-        "adapting": frozenset(),
-        "num_adaptations": 0,
-        "num_parameters_added": 0,
-        "last_change_epoch": None,
-        "candidates": lambda _: [kernel],
-    }
-    return ModelView(**defaults | changes)  # type: ignore[arg-type]
+    return kernel_costing(parameters=10)
 
 
 def decide(view: ModelView, **changes: object) -> list[KasminaControlCommand]:
@@ -112,7 +46,7 @@ def test_on_a_plateau_the_seed_with_the_largest_gradient_energy_germinates(
     assert (command.layer_name, command.seed_idx) == ("fc", 1)
     assert command.artifact_id == kernel.artifact_id
     assert command.epoch == 3
-    assert "the held-out loss fell by 0.0% in 3 epochs" in command.reason
+    assert "the held-out loss falls by 0.0% in 3 epochs" in command.reason
 
 
 def test_a_layer_where_kernels_were_culled_stands_back(kernel: KernelRecord) -> None:
@@ -134,6 +68,7 @@ QUIET = {
     "enough adaptations": {"num_adaptations": 2},
     "nothing observed yet": {"health": {}},
     "no kernels": {"candidates": lambda _: []},
+    "an embargo on both seeds": {"last_failure_epoch": {("fc", 0): 2, ("fc", 1): 3}},
     "all seeds taken": {"states": {("fc", 0): S.FOSSILIZED, ("fc", 1): S.CULLED}},
 }
 
@@ -143,10 +78,11 @@ def test_otherwise_nothing_happens(case: str, kernel: KernelRecord) -> None:
     assert decide(view(kernel, **QUIET[case])) == []
 
 
-def test_the_parameter_budget_is_never_exceeded(kernel: KernelRecord) -> None:
+def test_a_kernel_beyond_the_budget_is_not_chosen(kernel: KernelRecord) -> None:
     needed = kernel.manifest.num_parameters
-    assert decide(view(kernel, num_parameters_added=1), max_parameters=needed) == []
-    assert len(decide(view(kernel, num_parameters_added=1), max_parameters=needed + 1)) == 1
+    spent = Cost(parameters=1)
+    assert decide(view(kernel, spent=spent), max_parameters=needed) == []
+    assert len(decide(view(kernel, spent=spent), max_parameters=needed + 1)) == 1
 
 
 def test_a_kernel_that_failed_at_a_seed_is_not_tried_there_again(kernel: KernelRecord) -> None:
@@ -156,9 +92,9 @@ def test_a_kernel_that_failed_at_a_seed_is_not_tried_there_again(kernel: KernelR
 
 @pytest.mark.parametrize(
     ("contribution", "verdict"),
-    [(0.11, CommandKind.KEEP), (0.1, CommandKind.CULL), (-1.0, CommandKind.CULL)],
+    [(0.17, CommandKind.KEEP), (0.16, CommandKind.CULL), (-1.0, CommandKind.CULL)],
 )
-def test_a_seed_is_kept_if_it_contributes_more_than_its_standard_error(
+def test_a_seed_is_kept_if_it_contributes_more_than_chance_does(
     contribution: float, verdict: CommandKind, kernel: KernelRecord
 ) -> None:
     [command] = decide(view(kernel, epochs=epochs(FLAT, evaluation(contribution))))
@@ -173,44 +109,42 @@ def test_a_seed_that_spoils_the_loss_is_culled(contribution: float, kernel: Kern
     assert command.kind is CommandKind.CULL
 
 
-def test_relative_improvement_is_the_fall_of_the_fitted_line() -> None:
-    assert relative_improvement([4.0, 3.0, 2.0]) == pytest.approx(2 / 3)
-    assert relative_improvement([2.0, 3.0, 2.0]) == 0.0
-    assert relative_improvement([1.0, 2.0]) < 0
-    assert relative_improvement([-1.0, -2.0, -3.0]) == pytest.approx(1.0)
-    assert relative_improvement([-0.1, 0.1]) == pytest.approx(-2.0)
+def test_the_trend_is_the_fall_of_the_fitted_line() -> None:
+    assert fit_trend([4.0, 3.0, 2.0], 3).improvement == pytest.approx(2 / 3)
+    assert fit_trend([2.0, 3.0, 2.0], 3).improvement == 0.0
+    assert fit_trend([1.0, 2.0], 2).improvement < 0
+    assert fit_trend([-1.0, -2.0, -3.0], 3).improvement == pytest.approx(1.0)
+    assert fit_trend([-0.1, 0.1], 2).improvement == pytest.approx(-2.0)
+    assert fit_trend([0.0, 0.0], 2).improvement == 0.0
 
 
-class Reports:
-    """A library that remembers the field reports."""
-
-    def __init__(self, kernel: KernelRecord):
-        self.record = kernel
-        self.reports: list[FieldReport] = []
-
-    def query(self, query: KernelQuery) -> list[KernelRecord]:
-        assert query.site == LINEAR_8_4
-        return [self.record]
-
-    def kernel(self, artifact_id: str) -> KernelRecord:
-        assert artifact_id == self.record.artifact_id
-        return self.record
-
-    def record_field_report(self, report: FieldReport) -> None:
-        self.reports.append(report)
+def test_the_error_of_a_trend_is_that_of_least_squares() -> None:
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    losses = 5 - 0.01 * torch.arange(50, dtype=torch.float64) + 0.1 * noise
+    design = torch.stack([torch.ones(50), torch.arange(50)], 1).double()
+    solution = torch.linalg.lstsq(design, losses).solution
+    variance = (losses - design @ solution).square().sum() / 48
+    error = (variance * torch.linalg.inv(design.T @ design)[1, 1]).sqrt()
+    unit = 49 / losses.mean()
+    trend = fit_trend(losses.tolist(), 50)
+    assert trend.improvement == pytest.approx(float(-solution[1] * unit))
+    assert trend.standard_error == pytest.approx(float(error * unit))
 
 
-def moved(source: SeedState, target: SeedState, epoch: int = 5) -> LifecycleEvent:
-    return LifecycleEvent(
-        seed_id=("fc", 1), source=source, target=target, epoch=epoch, step=1, reason="test"
-    )
+def test_noise_is_waited_out_and_not_taken_for_a_plateau() -> None:
+    noise = [0.1 * (-1) ** n for n in range(16)]
+    falling = [3 - 0.1 * n + wobble for n, wobble in enumerate(noise)]
+    still = [3 + wobble for wobble in noise]
+    assert all(plateau(falling[:n], 4, 0.02, 1.0) is None for n in range(2, 17))
+    assert plateau(still[:4], 4, 0.02, 1.0) is None
+    assert plateau(still, 4, 0.02, 1.0) is not None
 
 
 async def run_tamiyo(
     kernel: KernelRecord, moves: list[LifecycleEvent]
-) -> tuple[list[KasminaControlCommand], Reports]:
+) -> tuple[list[KasminaControlCommand], FakeLibrary]:
     """Let Tamiyo see a plateau, then ``moves``, then four more epochs of it."""
-    bus, library = MemoryBus(), Reports(kernel)
+    bus, library = MemoryBus(), FakeLibrary([kernel])
     query = KernelQuery(site=LINEAR_8_4, dtype="float32", device="cpu")
     tamiyo = Tamiyo(bus, library, lambda _: query, PlateauPolicy(SETTINGS))
     task = asyncio.create_task(tamiyo.run())

@@ -4,53 +4,54 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
+from esper.config import TamiyoSettings
 from esper.contracts import (
     CommandKind,
+    Contract,
     EpochEvent,
-    FieldReport,
-    HealthSignal,
+    HealthBatch,
     KasminaControlCommand,
     KernelQuery,
     KernelRecord,
     LifecycleEvent,
-    Outcome,
-    SeedEvaluation,
+    OonaMessage,
+    RequestKind,
     SeedId,
-    SeedState,
+    TamiyoRequest,
+    TamiyoStatus,
     Topic,
 )
-from esper.kasmina.lifecycle import OCCUPIED
 from esper.oona import Oona
-from esper.tamiyo.policy import ModelView, PlateauPolicy, Policy
+from esper.tamiyo.budget import why_not
+from esper.tamiyo.explosion import rollbacks
+from esper.tamiyo.history import History, HistoryRecord
+from esper.tamiyo.journal import Journal, Library, QueryFor
+from esper.tamiyo.plateau import PlateauPolicy
+from esper.tamiyo.policy import Policy
 
 logger = logging.getLogger(__name__)
 
-_ENDS = (SeedState.FOSSILIZED, SeedState.CULLED, SeedState.CANCELLED, SeedState.ROLLED_BACK)
+_HEARD = (Topic.SEED_HEALTH, Topic.LIFECYCLE, Topic.EPOCH, Topic.TAMIYO_REQUESTS)
 
 
-class Library(Protocol):
-    """What Tamiyo asks of Urza."""
+class TamiyoRecord(Contract):
+    """What ``state_dict()`` holds."""
 
-    def query(self, query: KernelQuery) -> list[KernelRecord]: ...
-    def kernel(self, artifact_id: str) -> KernelRecord: ...
-    def record_field_report(self, report: FieldReport) -> None: ...
-
-
-class _Adaptation:
-    """One kernel at one seed, from its germination to its end."""
-
-    def __init__(self, kernel: KernelRecord, started_epoch: int):
-        self.kernel = kernel
-        self.started_epoch = started_epoch
-        self.evaluation: SeedEvaluation | None = None
-        self.verdict: str | None = None
-        self.occupied = False
+    format_version: int = 1
+    paused: bool
+    history: HistoryRecord
 
 
 class Tamiyo:
-    """Strategic controller of one model. Runs on the pipeline's event loop."""
+    """Strategic controller of one model. Runs on one event loop.
+
+    ``policy`` decides; whatever it decides, the budgets of ``settings`` are kept, commands lapse
+    after ``command_lifetime_epochs``, and a loss that explodes is rolled back. With ``journal``
+    everything that decisions depend on is written to that file; see :mod:`esper.tamiyo.replay`.
+    """
 
     def __init__(
         self,
@@ -58,121 +59,144 @@ class Tamiyo:
         library: Library,
         query_for: Callable[[SeedId], KernelQuery | None],
         policy: Policy | None = None,
+        *,
+        settings: TamiyoSettings | None = None,
+        journal: Path | None = None,
     ):
         self._bus = bus
-        self._library = library
-        self._query_for = query_for
-        self._policy = policy or PlateauPolicy()
+        self._journal = None if journal is None else Journal(journal, library, query_for)
+        self._library: Library = self._journal or library
+        self._query_for: QueryFor = query_for if self._journal is None else self._journal.query_for
+        self._settings = settings or TamiyoSettings()
+        self._policy = policy or PlateauPolicy(self._settings)
         # Joined here and not in run(): nothing that is published from now on may be overlooked.
-        self._streams = {
-            topic: bus.subscribe(topic, "tamiyo")
-            for topic in (Topic.SEED_HEALTH, Topic.LIFECYCLE, Topic.EPOCH)
-        }
-        self._epochs: list[EpochEvent] = []
-        self._health: dict[SeedId, HealthSignal] = {}
-        self._states: dict[SeedId, SeedState] = {}
-        self._adaptations: dict[SeedId, _Adaptation] = {}
-        self._failures: dict[SeedId, set[str]] = {}
-        self._num_adaptations = 0
-        self._last_change_epoch: int | None = None
+        self._streams = {topic: bus.subscribe(topic, "tamiyo") for topic in _HEARD}
+        self._history = History()
+        self._paused = False
+        self._turn = asyncio.Lock()  # one message at a time: decisions follow from their order
 
     async def run(self) -> None:
         """Serve until the bus is closed."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow_health())
-            tasks.create_task(self._follow_lifecycle())
-            tasks.create_task(self._follow_epochs())
+            for topic in _HEARD:
+                tasks.create_task(self._follow(topic))
 
-    async def _follow_health(self) -> None:
-        async for message in self._streams[Topic.SEED_HEALTH]:
-            for signal in message.payload.signals:  # type: ignore[attr-defined]
-                self._health[signal.seed_id] = signal
+    async def _follow(self, topic: Topic) -> None:
+        async for message in self._streams[topic]:
+            await self.handle(message)
 
-    async def _follow_lifecycle(self) -> None:
-        async for message in self._streams[Topic.LIFECYCLE]:
-            assert isinstance(message.payload, LifecycleEvent)
-            await self._note_transition(message.payload)
+    async def handle(self, message: OonaMessage) -> None:
+        """Take one message in, and act upon it."""
+        async with self._turn:
+            if self._journal is not None:
+                self._journal.note(message)
+            match message.payload:
+                case HealthBatch() as batch:
+                    self._history.note_health(batch)
+                case LifecycleEvent() as event:
+                    await self._note_transition(event)
+                case EpochEvent() as event:
+                    await self._end_of_epoch(event)
+                case TamiyoRequest() as request:
+                    self._answer(request)
 
-    async def _follow_epochs(self) -> None:
-        async for message in self._streams[Topic.EPOCH]:
-            assert isinstance(message.payload, EpochEvent)
-            await self._end_of_epoch(message.payload)
+    # ------------------------------------------------------------------ from outside
+
+    def pause(self) -> None:
+        """Begin nothing new; what is under way is brought to its end. Any thread."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`. Any thread."""
+        self._paused = False
+
+    def status(self, request_id: str | None = None) -> TamiyoStatus:
+        """Tell what is under way, and what it costs. Between two messages."""
+        history = self._history
+        spent = history.spent
+        return TamiyoStatus(
+            request_id=request_id,
+            paused=self._paused,
+            policy=type(self._policy).__name__,
+            epoch=history.epochs[-1].epoch if history.epochs else None,
+            adapting=tuple((seed, history.states[seed]) for seed in sorted(history.adapting)),
+            num_adaptations=history.num_adaptations,
+            num_parameters=spent.parameters,
+            flops_per_sample=spent.flops_per_sample,
+            memory_bytes=spent.memory_bytes,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that Tamiyo remembers, in JSON types. Between two messages."""
+        record = TamiyoRecord(paused=self._paused, history=self._history.record())
+        return record.model_dump(mode="json")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned. Before :meth:`run`.
+
+        Raises ``ValueError``, and nothing is changed, for anything else.
+        """
+        record = TamiyoRecord.model_validate(state)
+        self._history = History.restored(record.history)
+        self._paused = record.paused
+
+    def _answer(self, request: TamiyoRequest) -> None:
+        if request.kind is RequestKind.PAUSE:
+            self.pause()
+        elif request.kind is RequestKind.RESUME:
+            self.resume()
+        status = self.status(request.request_id)
+        self._bus.publish(Topic.TAMIYO_STATUS, "tamiyo", status)
+
+    # ------------------------------------------------------------------ decisions
 
     async def _end_of_epoch(self, event: EpochEvent) -> None:
-        self._epochs.append(event)
-        for evaluation in event.evaluations:
-            if evaluation.seed_id in self._adaptations:
-                self._adaptations[evaluation.seed_id].evaluation = evaluation
-        commands = await asyncio.to_thread(self._policy.decide, self._view())
+        self._history.note_epoch(event)
+        commands = rollbacks(self._history, self._settings.explosion_factor)
+        if not commands:
+            view = self._history.view(self._candidates())
+            commands = await asyncio.to_thread(self._policy.decide, view)
         for command in commands:
             await self._issue(command)
 
     async def _issue(self, command: KasminaControlCommand) -> None:
         seed_id = (command.layer_name, command.seed_idx)
         if command.kind is CommandKind.GERMINATE:
-            assert command.artifact_id is not None
-            kernel = await asyncio.to_thread(self._library.kernel, command.artifact_id)
-            self._adaptations[seed_id] = _Adaptation(kernel, command.epoch)
-            self._states[seed_id] = SeedState.GERMINATED  # on its way; no second one meanwhile
-            self._num_adaptations += 1
-        elif seed_id in self._adaptations:
-            self._adaptations[seed_id].verdict = command.reason
+            if not await self._begin(command):
+                return
+        elif seed_id in self._history.adaptations:
+            self._history.note_verdict(command)
+            kernel = self._history.adaptations[seed_id].kernel
+            command = command.model_copy(update={"artifact_id": kernel.artifact_id})
+        if command.valid_until_epoch is None:
+            last = command.epoch + self._settings.command_lifetime_epochs
+            command = command.model_copy(update={"valid_until_epoch": last})
         logger.info("%s seed %d on '%s': %s", command.kind, seed_id[1], seed_id[0], command.reason)
         self._bus.publish(Topic.KASMINA_COMMANDS, "tamiyo", command)
 
+    async def _begin(self, command: KasminaControlCommand) -> bool:
+        """Take a germination into the books, if the policy may have it."""
+        assert command.artifact_id is not None
+        seed_id = (command.layer_name, command.seed_idx)
+        kernel = await asyncio.to_thread(self._library.kernel, command.artifact_id)
+        obstacle = why_not(kernel, self._history.spent, self._settings)
+        if self._paused:
+            obstacle = "Tamiyo is paused"
+        if seed_id in self._history.adaptations:
+            obstacle = "the seed is taken"
+        if obstacle is not None:
+            logger.warning(
+                "no germination of seed %d on '%s': %s", seed_id[1], seed_id[0], obstacle
+            )
+            return False
+        self._history.note_germination(command, kernel)
+        return True
+
     async def _note_transition(self, event: LifecycleEvent) -> None:
-        self._states[event.seed_id] = event.target
-        adaptation = self._adaptations.get(event.seed_id)
-        if adaptation is None:
-            return
-        if event.source is event.target:
-            if event.target not in OCCUPIED:
-                del self._adaptations[event.seed_id]  # the germination was refused
-            return
-        if event.target in (SeedState.TRAINING, SeedState.GRAFTING):
-            adaptation.occupied = True
-        if event.target in _ENDS:
-            await self._conclude(event, adaptation)
-
-    async def _conclude(self, event: LifecycleEvent, adaptation: _Adaptation) -> None:
-        self._last_change_epoch = event.epoch
-        if event.target is not SeedState.FOSSILIZED:
-            del self._adaptations[event.seed_id]
-            failed = self._failures.setdefault(event.seed_id, set())
-            failed.add(adaptation.kernel.artifact_id)
-        report = FieldReport(
-            seed_id=event.seed_id,
-            artifact_id=adaptation.kernel.artifact_id,
-            blueprint_id=adaptation.kernel.manifest.blueprint_id,
-            outcome=_outcome(event, adaptation),
-            reason=adaptation.verdict or event.reason,
-            started_epoch=adaptation.started_epoch,
-            ended_epoch=event.epoch,
-            num_parameters=adaptation.kernel.manifest.num_parameters,
-            evaluation=adaptation.evaluation,
-        )
-        await asyncio.to_thread(self._library.record_field_report, report)
-        self._bus.publish(Topic.FIELD_REPORTS, "tamiyo", report)
-
-    def _view(self) -> ModelView:
-        return ModelView(
-            epochs=tuple(self._epochs),
-            health=dict(self._health),
-            states=dict(self._states),
-            failures={seed_id: frozenset(ids) for seed_id, ids in self._failures.items()},
-            adapting=frozenset(
-                seed_id
-                for seed_id in self._adaptations
-                if self._states.get(seed_id) is not SeedState.FOSSILIZED
-            ),
-            num_adaptations=self._num_adaptations,
-            num_parameters_added=sum(
-                adaptation.kernel.manifest.num_parameters
-                for adaptation in self._adaptations.values()
-            ),
-            last_change_epoch=self._last_change_epoch,
-            candidates=self._candidates(),
-        )
+        report = self._history.note_transition(event)
+        if report is not None:
+            await asyncio.to_thread(self._library.record_field_report, report)
+            self._bus.publish(Topic.FIELD_REPORTS, "tamiyo", report)
 
     def _candidates(self) -> Callable[[SeedId], Sequence[KernelRecord]]:
         """Return a function that asks the library once for each distinct site."""
@@ -180,12 +204,17 @@ class Tamiyo:
 
         def candidates(seed_id: SeedId) -> Sequence[KernelRecord]:
             query = self._query_for(seed_id)
-            return [] if query is None else ask(query)
+            return [] if query is None else ask(self._within_means(query))
 
         return candidates
 
-
-def _outcome(event: LifecycleEvent, adaptation: _Adaptation) -> Outcome:
-    if event.target is SeedState.CULLED and not adaptation.occupied:
-        return Outcome.FAILED
-    return Outcome(event.target.name)
+    def _within_means(self, query: KernelQuery) -> KernelQuery:
+        """Leave out what cannot be afforded, so that the limit of a query does not hide the rest."""
+        settings, spent = self._settings, self._history.spent
+        changes: dict[str, object] = {
+            "required_tags": query.required_tags | settings.required_tags,
+            "excluded_tags": query.excluded_tags | settings.excluded_tags,
+        }
+        if settings.max_parameters is not None:
+            changes["max_parameters"] = max(0, settings.max_parameters - spent.parameters)
+        return query.model_copy(update=changes)
