@@ -1,10 +1,11 @@
-"""The command line: ``esper demo``, ``audit``, ``evaluate``, ``forge``, ``urza`` and ``watch``."""
+"""The command line, ``esper``: demo, audit, evaluate, forge, tamiyo, urza, watch."""
 
 import argparse
 
 import esper.demo as demo
 import esper.forge_service as forge
 import esper.nissa.watch as watch
+import esper.tamiyo.commands as tamiyo
 import esper.urabrask.commands as evaluate
 import esper.urza.commands as audit
 import esper.urza.service as service
@@ -34,5 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     watch_parser = commands.add_parser("watch", help="show a run in the browser while it goes on")
     watch.add_arguments(watch_parser)
     watch_parser.set_defaults(run=watch.main)
+    tamiyo_parser = commands.add_parser("tamiyo", help="ask a controller, pause it, let it go on")
+    tamiyo.add_arguments(tamiyo_parser)
+    tamiyo_parser.set_defaults(run=tamiyo.main)
     options = parser.parse_args(argv)
     options.run(options)

@@ -440,7 +440,8 @@ class HealthSignal(Contract):
     execution_time_us: float
     lifecycle_state: SeedState
     epoch: int
-    step: int
+    step: int  # the observed one
+    staleness_steps: int = Field(default=0, ge=0)  # from then until the signal was made
     mean: float
     variance: float
     dead_fraction: float = Field(ge=0, le=1)

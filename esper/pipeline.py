@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import esper.blueprints as blueprints
 import esper.oona as oona
@@ -211,6 +211,28 @@ class Pipeline:
             self.urza.close()
         self._raise_failure()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Tamiyo remembers, in JSON types: for ``esper.save(..., extra=...)``.
+
+        Waits until she has heard of all that has happened, and decided on it; not for workers.
+        Training thread. Raises :class:`EsperError` if a worker has failed.
+        """
+        self._raise_failure()
+        if not self._thread.is_alive():
+            return self.tamiyo.state_dict()
+        future = asyncio.run_coroutine_threadsafe(self._remembered(), self._loop)
+        return future.result(self._timeout_s)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let Tamiyo go on from :meth:`state_dict`. Before the pipeline is started.
+
+        Raises ``ValueError`` for anything else, and :class:`EsperError` once it has started;
+        nothing is changed then.
+        """
+        if self._started.is_set():
+            raise EsperError("a pipeline takes on a state before it is started")
+        self.tamiyo.load_state_dict(state)
+
     def end_epoch(
         self, val_loader: Iterable[Batch], loss_fn: LossPerSample, *, train_loss: float
     ) -> EpochEvent:
@@ -327,6 +349,10 @@ class Pipeline:
     async def _drained(self) -> None:
         await self._observations.join()
         await self.bus.drained()
+
+    async def _remembered(self) -> dict[str, Any]:
+        await self.bus.drained((*_ACCOUNTS, Topic.TAMIYO_REQUESTS))
+        return self.tamiyo.state_dict()
 
     async def _relay_commands(self) -> None:
         async for message in self.bus.subscribe(Topic.KASMINA_COMMANDS, "kasmina"):

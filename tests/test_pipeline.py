@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,25 +13,29 @@ from torch.nn.functional import mse_loss
 from urza_servers import served
 
 import esper
-from esper import blueprints
+from esper import blueprints, cli
 from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
     BlueprintStatus,
     CommandKind,
     Design,
+    EpochEvent,
     GraftingStrategy,
     KasminaControlCommand,
     KernelStatus,
     OonaMessage,
+    Outcome,
     SeedState,
     SiteSignature,
+    TamiyoStatus,
     Topic,
 )
 from esper.errors import EsperError
-from esper.kasmina.lifecycle import OCCUPIED
+from esper.kasmina.lifecycle import ACTIVE, OCCUPIED
 from esper.kasmina.model import MorphableModel
 from esper.pipeline import Pipeline
-from esper.tamiyo import ModelView, PlateauPolicy
+from esper.tamiyo import ModelView, PlateauPolicy, replay
+from esper.tolaria import Callback
 from esper.urza import Urza
 from esper.urza.access import Tokens
 from esper.urza.client import UrzaClient
@@ -74,11 +78,11 @@ def loss_per_sample(output: Tensor, target: Tensor) -> Tensor:
     return mse_loss(output, target, reduction="none").mean(1)
 
 
-def fit(model: MorphableModel, pipeline: Pipeline, epochs: int) -> None:
+def fit(model: MorphableModel, pipeline: Pipeline, epochs: int, *others: Callback) -> None:
     torch.manual_seed(0)
     data = [(torch.randn(8, 6), torch.randn(8, 2)) for _ in range(4)]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    tolaria = esper.Tolaria(model, optimizer, loss_per_sample, data, data, [pipeline])
+    tolaria = esper.Tolaria(model, optimizer, loss_per_sample, data, data, [pipeline, *others])
     tolaria.fit(epochs)
 
 
@@ -250,6 +254,103 @@ def test_a_users_policy_decides(model: MorphableModel, library: Urza) -> None:
 class GrowInThirdEpoch(GrowAtOnce):
     def decide(self, view: ModelView) -> list[KasminaControlCommand]:
         return super().decide(view) if len(view.epochs) >= 3 else []
+
+
+class Spoil:
+    """Ruins the host once, at the end of an epoch in which it hears the seed."""
+
+    def __init__(self, model: MorphableModel):
+        self.model = model
+        self.done = False
+
+    def on_step(self, step: int, epoch: int) -> None:
+        pass
+
+    def on_epoch(self, event: EpochEvent, step_losses: Sequence[float]) -> None:
+        if not self.done and self.model.kasmina.seeds_in(ACTIVE):
+            self.done = True
+            with torch.no_grad():
+                self.model[2].weight.mul_(1e6)
+
+
+def test_a_loss_that_explodes_while_a_seed_comes_in_is_undone(
+    model: MorphableModel, library: Urza
+) -> None:
+    pipeline = Pipeline(model, library, designs=one_design, policy=GrowAtOnce(), synchronous=True)
+    spoil = Spoil(model)
+    with pipeline:
+        fit(model, pipeline, 8, spoil)
+    assert spoil.done
+    assert model.kasmina_layers["0"].state(0) is SeedState.ROLLED_BACK
+    assert model[2].weight.abs().max() < 10
+    [report] = library.field_reports()
+    assert report.outcome is Outcome.ROLLED_BACK
+    assert "exploded" in report.reason
+
+
+def test_tamiyo_decides_again_in_the_same_way_on_a_runs_journal(
+    model: MorphableModel, library: Urza, tmp_path: Path
+) -> None:
+    heard: list[OonaMessage] = []
+    journal = tmp_path / "journal.jsonl"
+    policy = PlateauPolicy(EAGER, QUICK)
+    pipeline = Pipeline(
+        model,
+        library,
+        designs=one_design,
+        policy=policy,
+        journal=journal,
+        listener=heard.append,
+        synchronous=True,
+    )
+    with pipeline:
+        fit(model, pipeline, 8)
+    commands = [m.payload for m in heard if m.topic is Topic.KASMINA_COMMANDS]
+    assert len(commands) >= 2
+    again = asyncio.run(replay(journal, policy))
+    anonymous = {"command_id": "0"}
+    assert [c.model_copy(update=anonymous) for c in again] == [
+        c.model_copy(update=anonymous) for c in commands
+    ]
+
+
+def test_what_tamiyo_remembers_goes_into_a_checkpoint_and_comes_back(
+    model: MorphableModel, library: Urza, tmp_path: Path
+) -> None:
+    policy = PlateauPolicy(EAGER, QUICK)
+    with Pipeline(model, library, designs=one_design, policy=policy, synchronous=True) as pipeline:
+        fit(model, pipeline, 3)
+        state = pipeline.state_dict()
+        esper.save(model, tmp_path / "saved", extra={"tamiyo": state})
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    extra = esper.load(tmp_path / "saved", net, library=library)
+    resumed = Pipeline(net, library, designs=one_design, policy=policy)
+    resumed.load_state_dict(extra["tamiyo"])
+    assert resumed.tamiyo.status().num_adaptations == 1
+    assert resumed.state_dict() == state
+    with resumed, pytest.raises(EsperError, match="before it is started"):
+        resumed.load_state_dict(state)
+
+
+@pytest.mark.redis
+def test_the_command_line_asks_and_pauses_tamiyo(
+    model: MorphableModel,
+    library: Urza,
+    redis_server: RedisServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ask(kind: str) -> TamiyoStatus:
+        cli.main(["tamiyo", kind, "--redis", redis_server.url()])
+        return TamiyoStatus.model_validate_json(capsys.readouterr().out)
+
+    bus = esper.oona.connect(redis_server.url())
+    with Pipeline(model, library, designs=one_design, bus=bus):
+        assert not ask("status").paused
+        assert ask("pause").paused
+        assert ask("status").paused
+        assert not ask("resume").paused
+    with pytest.raises(SystemExit, match=r"no controller has answered in 0.1 s"):
+        cli.main(["tamiyo", "status", "--redis", redis_server.url(), "--timeout-s", "0.1"])
 
 
 @pytest.mark.redis

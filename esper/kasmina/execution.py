@@ -717,7 +717,9 @@ class Kasmina:
         self.next_due = self._observed_step + self.settings.observe_every
         if self.emit_observation is not None:
             watched = tuple((layer, layer.observer.timer) for layer in self.layers.values())
-            observation = Observation(snapshot, watched, self.epoch, self._observed_step)
+            observation = Observation(
+                snapshot, watched, self.epoch, self._observed_step, self.step_count
+            )
             try:
                 self.emit_observation(observation)
             except Exception:

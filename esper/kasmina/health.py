@@ -48,6 +48,7 @@ def _signal(
         lifecycle_state=SeedState(int(fields["lifecycle_states"][index])),
         epoch=observation.epoch,
         step=observation.step,
+        staleness_steps=observation.handed_out_step - observation.step,
         mean=mean,
         variance=variance,
         dead_fraction=dead_fraction,

@@ -25,6 +25,7 @@ class Observation:
     watched: tuple[tuple[KasminaLayer, DeviceTimer | None], ...]
     epoch: int
     step: int
+    handed_out_step: int  # later than ``step``, by what the copy from the device took
 
     @property
     def layers(self) -> tuple[LayerObservation, ...]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,7 +130,8 @@ class Tamiyo:
     def state_dict(self) -> dict[str, Any]:
         """Return all that Tamiyo remembers, in JSON types. Between two messages."""
         record = TamiyoRecord(paused=self._paused, history=self._history.record())
-        return record.model_dump(mode="json")
+        state: dict[str, Any] = json.loads(record.model_dump_json())  # which writes NaN as a string
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned. Before :meth:`run`.
