@@ -1,6 +1,6 @@
 """Which policy makes most of the same budget, on the demo's digits?
 
-    python -m benchmarks.policies [--seeds 5] [--epochs 120] [--max-parameters 600]
+    python -m benchmarks.policies [--seeds 4] [--epochs 100] [--max-parameters 600]
 
 Every policy trains the demo's narrow network from the same weights on the same batches, with the
 same designs, strategy, judgement and budget; they differ in when, where and with which kernel they
@@ -104,8 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--max-parameters", type=int, default=600)
     options = parser.parse_args()
     torch.set_num_threads(1)
