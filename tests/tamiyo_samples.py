@@ -102,6 +102,7 @@ def view(kernel: KernelRecord, losses: Sequence[float] = FLAT, **changes: object
         "failures": {},
         "last_failure_epoch": {},
         "adapting": frozenset(),
+        "loss_before": {},
         "num_adaptations": 0,
         "spent": Cost(),
         "last_change_epoch": None,

@@ -115,6 +115,27 @@ async def test_a_loss_that_explodes_while_a_seed_comes_in_is_rolled_back(
     assert len(run.commands) == 2
 
 
+async def test_what_cannot_be_rolled_back_is_culled(kernel: KernelRecord) -> None:
+    run = Run(kernel)
+    await run.plateau()
+    await run.move(*IN_GRAFTING)
+    await run.hear(Topic.EPOCH, epoch(5, math.nan))
+    await run.move(S.GRAFTING, S.GRAFTING)  # refused
+    await run.hear(Topic.EPOCH, epoch(6, math.nan))
+    kinds = [command.kind for command in run.commands]
+    assert kinds == [CommandKind.GERMINATE, CommandKind.ROLL_BACK, CommandKind.CULL]
+
+
+async def test_a_kept_seed_has_not_cost_the_host_more_than_it_brings(kernel: KernelRecord) -> None:
+    run = Run(kernel)
+    await run.plateau()
+    await run.move(*IN_GRAFTING, S.STABILIZATION, S.EVALUATING)
+    judged = evaluation(5.0).model_copy(update={"seed_id": ("fc", 1), "loss_with": 1.2})
+    await run.hear(Topic.EPOCH, epoch(5, 1.2).model_copy(update={"evaluations": (judged,)}))
+    assert run.commands[-1].kind is CommandKind.ROLL_BACK
+    assert "risen from 1.0000 to 1.2000" in run.commands[-1].reason
+
+
 @pytest.mark.parametrize(
     ("event", "path"),
     [

@@ -83,6 +83,19 @@ def test_every_policy_judges_by_the_same_paired_test(
     assert command.kind is verdict
 
 
+@pytest.mark.parametrize(
+    ("before", "verdict"), [(0.83, CommandKind.ROLL_BACK), (0.84, CommandKind.KEEP)]
+)
+def test_a_seed_that_has_cost_the_host_more_than_chance_does_is_rolled_back(
+    before: float, verdict: CommandKind, kernel: KernelRecord
+) -> None:
+    needed = view(
+        kernel, epochs=epochs(FLAT, evaluation(5.0)), loss_before={("fc", 0): before}
+    )  # the network of now would lose much without it, but stood at ``before`` when it came
+    [command] = PlateauPolicy(LENIENT).decide(needed)
+    assert command.kind is verdict
+
+
 def test_by_hand_nothing_happens_unasked(kernel: KernelRecord) -> None:
     policy = ManualPolicy()
     assert policy.decide(view(kernel, epochs=epochs(FLAT, evaluation(1.0)))) == []

@@ -168,8 +168,11 @@ class Tamiyo:
                 return
         elif seed_id in self._history.adaptations:
             self._history.note_verdict(command)
-            kernel = self._history.adaptations[seed_id].kernel
-            command = command.model_copy(update={"artifact_id": kernel.artifact_id})
+            adaptation = self._history.adaptations[seed_id]
+            changes: dict[str, object] = {"artifact_id": adaptation.kernel.artifact_id}
+            if command.kind is CommandKind.ROLL_BACK and adaptation.refused is command.kind:
+                changes["kind"] = CommandKind.CULL  # there is nothing to go back to
+            command = command.model_copy(update=changes)
         if command.valid_until_epoch is None:
             last = command.epoch + self._settings.command_lifetime_epochs
             command = command.model_copy(update={"valid_until_epoch": last})

@@ -2,7 +2,7 @@
 
 import math
 
-from esper.contracts import CommandKind, EpochEvent, KasminaControlCommand, SeedId, SeedState
+from esper.contracts import CommandKind, EpochEvent, KasminaControlCommand, SeedState
 from esper.kasmina.lifecycle import ACTIVE
 from esper.tamiyo.history import History
 
@@ -27,14 +27,8 @@ def rollbacks(history: History, factor: float) -> list[KasminaControlCommand]:
         )
         for seed_id in history.adaptations
         if history.states.get(seed_id) in _HEARD
-        and (reason := _explosion(now, _before(history, seed_id), factor)) is not None
+        and (reason := _explosion(now, history.event_before(seed_id), factor)) is not None
     ]
-
-
-def _before(history: History, seed_id: SeedId) -> EpochEvent | None:
-    heard_since = history.adaptations[seed_id].heard_since_epoch
-    earlier = (e for e in reversed(history.epochs) if heard_since is None or e.epoch < heard_since)
-    return next(earlier, None)
 
 
 def _explosion(now: EpochEvent, before: EpochEvent | None, factor: float) -> str | None:

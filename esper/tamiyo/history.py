@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from esper.contracts import (
+    CommandKind,
     Contract,
     EpochEvent,
     FieldReport,
@@ -32,6 +33,8 @@ class Adaptation(Contract):
     heard_since_epoch: int | None = None  # by the host: GRAFTING began in it
     evaluation: SeedEvaluation | None = None
     verdict: str | None = None
+    last_order: CommandKind | None = None
+    refused: CommandKind | None = None  # the last order that was
     occupied: bool = False
 
 
@@ -74,6 +77,13 @@ class History:
             if self.states.get(seed_id) is not SeedState.FOSSILIZED
         )
 
+    def event_before(self, seed_id: SeedId) -> EpochEvent | None:
+        """Return the last end of an epoch before the host heard a seed of an adaptation."""
+        since = self.adaptations[seed_id].heard_since_epoch
+        if since is None:
+            return None
+        return next((event for event in reversed(self.epochs) if event.epoch < since), None)
+
     # ------------------------------------------------------------------ what happens
 
     def note_health(self, batch: HealthBatch) -> None:
@@ -92,7 +102,8 @@ class History:
         self.num_adaptations += 1
 
     def note_verdict(self, command: KasminaControlCommand) -> None:
-        self._amend((command.layer_name, command.seed_idx), verdict=command.reason)
+        seed_id = (command.layer_name, command.seed_idx)
+        self._amend(seed_id, verdict=command.reason, last_order=command.kind)
 
     def note_transition(self, event: LifecycleEvent) -> FieldReport | None:
         """Follow a seed, and return the report on its adaptation if that has ended."""
@@ -103,6 +114,8 @@ class History:
         if event.source is event.target:  # a command was refused
             if event.target not in _TAKEN:
                 del self.adaptations[event.seed_id]
+            else:
+                self._amend(event.seed_id, refused=adaptation.last_order)
             return None
         if event.target in OCCUPIED:
             self._amend(event.seed_id, occupied=True)
@@ -143,6 +156,11 @@ class History:
             failures=dict(self.failures),
             last_failure_epoch=dict(self.last_failure_epoch),
             adapting=self.adapting,
+            loss_before={
+                seed_id: event.val_loss
+                for seed_id in self.adapting
+                if (event := self.event_before(seed_id)) is not None
+            },
             num_adaptations=self.num_adaptations,
             spent=self.spent,
             last_change_epoch=self.last_change_epoch,

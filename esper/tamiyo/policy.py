@@ -29,6 +29,7 @@ class ModelView:
     failures: Mapping[SeedId, frozenset[str]]  # artifacts that were culled at a seed
     last_failure_epoch: Mapping[SeedId, int]  # when the last of them was
     adapting: frozenset[SeedId]  # seeds with an adaptation of the controller's under way
+    loss_before: Mapping[SeedId, float]  # held-out, before the host heard a seed that is under way
     num_adaptations: int  # begun so far
     spent: Cost  # of kernels in place or on their way
     last_change_epoch: int | None  # when a seed last settled or was culled

@@ -7,26 +7,45 @@ from esper.tamiyo.policy import ModelView
 def verdicts(view: ModelView, required_standard_errors: float) -> list[KasminaControlCommand]:
     """Judge every seed that was evaluated at the end of this epoch."""
     return [
-        judge(evaluation, view.epoch, required_standard_errors)
+        judge(view, evaluation, required_standard_errors)
         for evaluation in view.epochs[-1].evaluations
     ]
 
 
 def judge(
-    evaluation: SeedEvaluation, epoch: int, required_standard_errors: float
+    view: ModelView, evaluation: SeedEvaluation, required_standard_errors: float
 ) -> KasminaControlCommand:
     """Keep a seed whose contribution exceeds so many standard errors, and cull it otherwise.
 
     The contribution is the mean over held-out samples of the loss without the seed minus the loss
-    with it, and the error that of the paired differences.
+    with it, and the error that of the paired differences. It cannot see what the host has lost by
+    adapting to the seed: where the loss is higher than before the host heard it, by so many standard
+    errors of its own, the seed is rolled back.
     """
-    needed = required_standard_errors * evaluation.standard_error
+    kind, reason = _verdict(view, evaluation, required_standard_errors)
     return KasminaControlCommand(
-        kind=CommandKind.KEEP if evaluation.contribution > needed else CommandKind.CULL,
+        kind=kind,
         layer_name=evaluation.seed_id[0],
         seed_idx=evaluation.seed_id[1],
-        epoch=epoch,
-        reason=_effect(evaluation.contribution, needed),
+        epoch=view.epoch,
+        reason=reason,
+    )
+
+
+def _verdict(
+    view: ModelView, evaluation: SeedEvaluation, required_standard_errors: float
+) -> tuple[CommandKind, str]:
+    before = view.loss_before.get(evaluation.seed_id)
+    by_chance = required_standard_errors * view.epochs[-1].val_loss_standard_error
+    if before is not None and evaluation.loss_with - before > by_chance:
+        return CommandKind.ROLL_BACK, (
+            f"the held-out loss has risen from {before:.4f} to {evaluation.loss_with:.4f} since the "
+            "host hears the seed"
+        )
+    needed = required_standard_errors * evaluation.standard_error
+    keep = evaluation.contribution > needed
+    return (CommandKind.KEEP if keep else CommandKind.CULL), _effect(
+        evaluation.contribution, needed
     )
 
 
