@@ -1,8 +1,9 @@
 """How the seats of one layer compute together.
 
 An ensemble is some of a layer's seats that take one way: :class:`Bottlenecks` all at once in one
-op, :class:`Individuals` one after the other, with one blend for all. Their chunks are disjoint, so
-it makes no difference that one ensemble blends into what another has left.
+op, :class:`SideBySide` operator by operator on the channels of all, :class:`Individuals` one after
+the other, with one blend for all. Their chunks are disjoint, so it makes no difference that one
+ensemble blends into what another has left.
 """
 
 import logging
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import esper.bottleneck as bottleneck
 import esper.ops as ops
+from esper.channels import guard_chunks, shared_convolution, stack_weights
 from esper.kasmina.bottleneck import Bottleneck
+from esper.kasmina.channelwise import Channelwise
 from esper.kasmina.seat import Seat
 from esper.kasmina.stack import Stack, apart, stacked
 
@@ -40,13 +43,17 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
     """Divide seats into those that compute as one and the rest."""
     together: list[Ensemble] = []
     alone: list[Seat] = []
-    for _, same in groupby(sorted(seats, key=_artifact), key=_artifact):
+    for _, same in groupby(sorted(seats, key=_place), key=_artifact):
         group = list(same)
-        form = group[0].kernel.program.bottleneck
-        if form is None or not all(_has_plain_weights(seat) for seat in group):
+        program = group[0].kernel.program
+        if not all(_has_plain_weights(seat) for seat in group):
             alone += group
+        elif program.bottleneck is not None:
+            together.append(Bottlenecks(group, program.bottleneck))
+        elif program.channelwise is not None and len(group) > 1:
+            together.append(SideBySide(group, program.channelwise))
         else:
-            together.append(Bottlenecks(group, form))
+            alone += group
     return [*together, Individuals(alone)] if alone else together
 
 
@@ -58,6 +65,10 @@ def _has_plain_weights(seat: Seat) -> bool:
 
 def _artifact(seat: Seat) -> tuple[str, int]:
     return seat.kernel.artifact_id, seat.chunk.length
+
+
+def _place(seat: Seat) -> tuple[str, int, int]:
+    return *_artifact(seat), seat.chunk.start
 
 
 class Individuals:
@@ -209,3 +220,96 @@ class Bottlenecks:
             apart(weights[0])
             return None
         return stacked([[seed[position] for seed in weights] for position in self.form.order])
+
+
+class SideBySide:
+    """Seats with one and the same program, computed operator by operator on the channels of all.
+
+    A compiler is shown the operators of each seat instead. Where the weights no longer fit one
+    another the seats run one by one, which also shows whose fault it is.
+    """
+
+    def __init__(self, seats: Sequence[Seat], form: Channelwise):
+        self.seats = seats
+        self.entry = form.entry
+        self.individuals = Individuals(seats)
+        self.cells = seats[0].cells
+        self.seeds = [seat.seed_idx for seat in seats]
+        self.starts = [seat.chunk.start for seat in seats]
+        length = seats[0].chunk.length
+        end = self.starts[0] + length * len(seats)
+        self._is_adjacent = self.starts == [*range(self.starts[0], end, length)]
+        self._run = form.compile(len(seats))
+        self._shapes = [weight.shape for weight in seats[0].kernel.weights()] * len(seats)
+        self._device_type = self.cells.bank.device.type
+        self._usable = True
+
+    def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
+        out = self._out(inp, host)
+        if out is None:
+            return self.individuals.blend(inp, host, in_place)
+        cells = self.cells
+        return ops.blend(
+            host,
+            out.tensor_split(len(self.seeds), 1),
+            self.seeds,
+            self.starts,
+            cells.alpha,
+            1,
+            cells.non_finite,
+            cells.fault,
+            in_place=in_place and not self.individuals.keeps_act,
+        )
+
+    def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
+        out = self._out(inp.detach(), host.detach())
+        if out is None:
+            return self.individuals.isolate(inp, host)
+        if self._is_adjacent:
+            return ops.isolate(host, out, 1, self.starts[0])
+        for start, part in zip(self.starts, out.tensor_split(len(self.seeds), 1), strict=True):
+            host = ops.isolate(host, part, 1, start)
+        return host
+
+    def _out(self, inp: Tensor, host: Tensor) -> Tensor | None:
+        """Return what the kernels make of their chunks, or None if they must run one by one."""
+        if not self._usable or torch.compiler.is_compiling() or ops.is_exporting():
+            return None
+        leaves = [weight for seat in self.seats for weight in seat.weights()]
+        fits = (
+            self.seats[0].fits(host)
+            and inp.dtype is host.dtype
+            and all(leaf.dtype is host.dtype for leaf in leaves)
+            and [leaf.shape for leaf in leaves] == self._shapes
+            and not torch.is_autocast_enabled(self._device_type)
+        )
+        if not fits:
+            return None
+        try:
+            act = self._act(host)
+            out = self._compute(inp, act, leaves)
+        except RuntimeError as error:
+            self._give_up(error)
+            return None
+        return out if out.shape == act.shape else None
+
+    def _act(self, host: Tensor) -> Tensor:
+        length = self.seats[0].chunk.length
+        if not self._is_adjacent:
+            return torch.cat([host.narrow(1, start, length) for start in self.starts], 1)
+        act = host.narrow(1, self.starts[0], length * len(self.starts))
+        return act.clone() if self.seats[0].isolated and self.individuals.keeps_act else act
+
+    def _compute(self, inp: Tensor, act: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        counters = [self.cells.counters(seed) for seed in self.seeds]
+        weights = stack_weights(leaves, counters)
+        if self.entry is not None:
+            weight, bias, geometry = self.entry
+            stacked_bias = None if bias is None else weights[bias]
+            inp = shared_convolution(inp, weights[weight], stacked_bias, geometry, counters)
+        return self._run(inp, guard_chunks(act, counters), weights, ())
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self._usable = False
+        names = ", ".join(seat.seed for seat in self.seats)
+        logger.warning("%s: not run side by side: %s", names, error)

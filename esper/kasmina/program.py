@@ -10,7 +10,9 @@ from torch import Tensor
 
 from esper.contracts import canonical_json
 from esper.errors import ArtifactError
-from esper.kasmina.bottleneck import Bottleneck, recognise
+from esper.kasmina import bottleneck, channelwise
+from esper.kasmina.bottleneck import Bottleneck
+from esper.kasmina.channelwise import Channelwise
 from esper.kasmina.graph import (
     DTYPES,
     DType,
@@ -117,8 +119,15 @@ class Program:
     @cached_property
     def bottleneck(self) -> Bottleneck | None:
         """What :func:`esper.bottleneck.bottleneck` needs to know to compute this program, if it can."""
-        form = recognise(self.train, self.parameters, self.act)
-        return form if form == recognise(self.eval, self.parameters, self.act) else None
+        form = bottleneck.recognise(self.train, self.parameters, self.act)
+        return form if form == bottleneck.recognise(self.eval, self.parameters, self.act) else None
+
+    @cached_property
+    def channelwise(self) -> Channelwise | None:
+        """How several seeds with this program are computed side by side, if they can be."""
+        if self.train != self.eval:
+            return None
+        return channelwise.recognise(self.train, self.parameters, self.act)
 
     def source(self, training: bool) -> str:
         """Return the Python source that :meth:`compile` runs, for people to read."""

@@ -1,0 +1,174 @@
+"""Seeds side by side in the channels of one tensor, guarded as if each were alone.
+
+For eager mode; the ops here are PyTorch's own. No call waits for a CUDA device.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from esper.ops import guard_grads
+
+# For each seed, in their order along the channels, its cells ``non_finite`` and ``fault``.
+Counters = Sequence[tuple[Tensor, Tensor]]
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over the positions; one number a spatial dimension."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+
+def stack_weights(leaves: Sequence[Tensor], counters: Counters) -> tuple[Tensor, ...]:
+    """Return each kind of weight stacked along its rows over the seeds.
+
+    ``leaves`` are the weights of one seed after the other, the same kinds of the same shapes for
+    each. They receive the gradients of their rows, non-finite elements zeroed and charged to their
+    seed. Differentiable twice.
+    """
+    return cast(tuple[Tensor, ...], _StackWeights.apply(counters, *leaves))
+
+
+def guard_chunks(x: Tensor, counters: Counters) -> Tensor:
+    """Return ``x`` (no copy), whose channels, dimension 1, are the seeds' in equal chunks.
+
+    A non-finite element of its gradient becomes 0 and is charged to the seed whose chunk it is in.
+    """
+    if not torch.is_grad_enabled() or not x.requires_grad:
+        return x
+    return cast(Tensor, _GuardChunks.apply(x, counters))
+
+
+def shared_convolution(
+    inp: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, counters: Counters
+) -> Tensor:
+    """Convolve ``inp`` (N, I, ...), which the seeds share, by the stacked weights of all seeds.
+
+    ``weight`` is (S * r, I, ...) and ``bias`` (S * r,) or None. The gradient of ``inp`` is the sum
+    of what each seed sends back, in which a seed's non-finite elements are zeroed and charged to it
+    alone. Differentiable twice.
+    """
+    if not torch.is_grad_enabled() or not inp.requires_grad:
+        return _convolve(inp, weight, bias, geometry)
+    return cast(Tensor, _SharedConvolution.apply(inp, weight, bias, geometry, counters))
+
+
+class _StackWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counters: Counters, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.counters = counters
+        ctx.set_materialize_grads(False)
+        kinds = len(leaves) // len(counters)
+        return tuple(torch.cat(leaves[kind::kinds]) for kind in range(kinds))
+
+    @staticmethod
+    def backward(ctx: Any, *stacked: Tensor | None) -> tuple[Tensor | None, ...]:
+        num_seeds = len(ctx.counters)
+        kinds = [None if grad is None else grad.tensor_split(num_seeds) for grad in stacked]
+        rows = [
+            None if kind is None else kind[place] for place in range(num_seeds) for kind in kinds
+        ]
+        needs = ctx.needs_input_grad[1:]
+        grads = [grad if need else None for grad, need in zip(rows, needs, strict=True)]
+        result: list[Tensor | None] = []
+        for place in range(num_seeds):
+            own = grads[place * len(kinds) : (place + 1) * len(kinds)]
+            clean = iter(
+                guard_grads([grad for grad in own if grad is not None], *ctx.counters[place])
+            )
+            result += [None if grad is None else next(clean) for grad in own]
+        return None, *result
+
+
+class _GuardChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counters: Counters) -> Tensor:
+        ctx.counters = counters
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if _is_known_to_be_finite(grad):
+            return grad, None
+        chunks = grad.tensor_split(len(ctx.counters), 1)
+        clean = [
+            guard_grads([chunk], *cells)[0]
+            for chunk, cells in zip(chunks, ctx.counters, strict=True)
+        ]
+        return torch.cat(clean, 1), None
+
+
+class _SharedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inp: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        counters: Counters,
+    ) -> Tensor:
+        ctx.save_for_backward(inp, weight)
+        ctx.geometry, ctx.counters = geometry, counters
+        return _convolve(inp, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inp, weight = ctx.saved_tensors
+        needs_inp, *needs_weights = ctx.needs_input_grad[:3]
+        # Where a look at the sum shows that no seed needs its guard, the sum is all that is computed.
+        summed = needs_inp and _may_look_at(grad)
+        grads = _gradients(ctx, grad, inp, weight, (summed, *needs_weights))
+        grad_inp = grads[0]
+        if needs_inp and (grad_inp is None or not _is_known_to_be_finite(grad_inp)):
+            grad_inp = _guarded_sum(ctx, grad, inp, weight)
+        return grad_inp, grads[1], grads[2], None, None
+
+
+def _guarded_sum(ctx: Any, grad: Tensor, inp: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``inp``, computed seed by seed."""
+    num_seeds = len(ctx.counters)
+    total: Tensor | None = None
+    pairs = zip(grad.tensor_split(num_seeds, 1), weight.tensor_split(num_seeds), strict=True)
+    for place, (part, rows) in enumerate(pairs):
+        own = _gradients(ctx, part, inp, rows, (True, False, False))[0]
+        assert own is not None
+        [clean] = guard_grads([own], *ctx.counters[place])
+        total = clean if total is None else total + clean
+    assert total is not None
+    return total
+
+
+def _convolve(inp: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    no_output_padding = (0,) * len(geometry.stride)
+    return torch.convolution(inp, weight, bias, *geometry, False, no_output_padding, 1)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, inp: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of inp, weight and bias; they can be differentiated again."""
+    if not any(wanted):
+        return [None, None, None]
+    no_output_padding = (0,) * len(ctx.geometry.stride)
+    grads = torch.ops.aten.convolution_backward.default(
+        grad, inp, weight, [len(weight)], *ctx.geometry, False, no_output_padding, 1, wanted
+    )
+    return [given if want else None for given, want in zip(grads, wanted, strict=True)]
+
+
+def _may_look_at(grad: Tensor) -> bool:
+    """Whether Python may decide by its values: those on a CUDA device would have to be waited for.
+
+    Neither in a backward pass that will be differentiated, where the guards have to be seen.
+    """
+    return grad.is_cpu and not torch.is_grad_enabled()
+
+
+def _is_known_to_be_finite(grad: Tensor) -> bool:
+    # A sum is faster than a look at each element; where it overflows, the guards look at them.
+    return _may_look_at(grad) and bool(grad.sum().isfinite())
