@@ -107,7 +107,7 @@ def test_a_seed_grows_from_a_design_to_a_verdict(
     assert record.status is KernelStatus.VALIDATED
     path = [m.payload.target for m in heard if m.topic is Topic.LIFECYCLE]
     assert path[:6] == [SeedState(value) for value in range(SeedState.GERMINATED, 7)]
-    assert path[6] in (SeedState.FINE_TUNING, SeedState.CULLED)
+    assert path[6] in (SeedState.FINE_TUNING, SeedState.CULLED, SeedState.ROLLED_BACK)
     [report, *_] = library.field_reports()
     assert report.artifact_id == record.artifact_id
     assert report.evaluation is not None
