@@ -94,6 +94,7 @@ def counter() -> CompileCounterWithBackend:
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    gc.collect()  # models of other tests that were left while they were observed
     torch.compiler.reset()
     torch.compiler.set_stance("default")
     counters.clear()

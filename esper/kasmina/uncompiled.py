@@ -22,8 +22,9 @@ class Uncompiled:
 
     def begin(self) -> None:
         _under_way.add(id(self))
+        stance = torch.compiler.set_stance("force_eager")  # others may have set another meanwhile
         if not _stances:
-            _stances.append(torch.compiler.set_stance("force_eager"))
+            _stances.append(stance)
 
     def end(self) -> None:
         """Restore what held before, unless others go on; does nothing if nothing was begun."""
