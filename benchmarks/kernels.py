@@ -88,7 +88,7 @@ class Kernels:
         self, design: str, site: SiteSignature, pipeline: Pipeline
     ) -> tuple[KernelBundle, float]:
         """Return what a pipeline delivers, VALIDATED, and the seconds that it took to compile."""
-        library = self._opened_library()
+        library = self.library()
         blueprint_id = self._runner.run(self._forge.submit(blueprints.get(design), site, DTYPE))
         started = time.perf_counter()
         artifact_id = self._runner.run(self._forge.compile(blueprint_id, pipeline))
@@ -99,14 +99,14 @@ class Kernels:
     @property
     def trusted_key(self) -> TrustedKey:
         """What the signatures of :meth:`compile` hold for."""
-        return self._opened_library().trusted_key
+        return self.library().trusted_key
 
     def connected(
         self, net: nn.Module, inp: Tensor, layer_name: str, design: str, *, seeds_per_layer: int
     ) -> tuple[MorphableModel, str]:
         """Return a dormant copy of ``net``, and the artifact of a kernel for a layer's first seed."""
         model = self.wrapped(net, inp, seeds_per_layer)
-        return model, self._artifact(design, model.kasmina_layers[layer_name].site(0))
+        return model, self.artifact(design, model.kasmina_layers[layer_name].site(0))
 
     def wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
         """Return a wrapped copy of ``net``, connected to the library; steps wait for kernels."""

@@ -17,7 +17,8 @@ class SeedSettings(Contract):
     embargo_steps: int = Field(default=200, ge=0)  # CULLED lasts that long before DORMANT
     cache_capacity_bytes: int = Field(default=256 * 2**20, ge=0)
     deterministic: bool = False  # steps wait for kernels that are being loaded
-    rollback_enabled: bool = True  # the host is copied to the CPU before it hears a seed
+    # Of a copy of the host on the CPU, made before it hears a seed; a larger one cannot roll back.
+    rollback_capacity_bytes: int = Field(default=256 * 2**20, ge=0)
 
 
 class ForgeSettings(Contract):

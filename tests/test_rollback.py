@@ -163,13 +163,22 @@ def test_what_is_final_is_not_rolled_back(state: SeedState) -> None:
 
 
 def test_without_the_state_of_before_nothing_is_changed() -> None:
-    run = Run(OPTIMIZERS["adam"], rollback_enabled=False)
+    run = Run(OPTIMIZERS["adam"], rollback_capacity_bytes=0)
     run.lead_to(S.GRAFTING)
     before = run.host()
     with pytest.raises(EsperError, match=r"seed 0 on '0': the host's state .* is not there"):
         run.layer.roll_back(0, "test")
     assert_same(run.host(), before)
     assert run.layer.state(0) is S.GRAFTING
+
+
+def test_a_host_that_is_too_large_is_not_copied_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = Run(OPTIMIZERS["adam"], rollback_capacity_bytes=8)
+    run.lead_to(S.GRAFTING)
+    assert run.model.kasmina.tenancies["0", 0].host_state is None
+    assert "seed 0 on '0' can be culled but not rolled back" in caplog.text
 
 
 def test_the_copy_of_the_host_is_let_go_with_the_seed() -> None:

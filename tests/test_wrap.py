@@ -89,6 +89,7 @@ def test_a_dormant_model_trains_bit_for_bit_like_the_unwrapped_one(
 def test_dormant_layers_are_not_touched(name: str) -> None:
     build, shape = MODELS[name]
     model = build()
+    forward = type(model).forward
     before = {n: (m.__class__, dict(m.__dict__)) for n, m in model.named_modules() if n}
     esper.wrap(model)
     model(torch.randn(shape))
@@ -96,7 +97,7 @@ def test_dormant_layers_are_not_touched(name: str) -> None:
         if n:
             assert m.__class__ is before[n][0]
             assert m.__dict__.keys() == before[n][1].keys()
-    assert "forward" not in vars(type(model))
+    assert vars(type(model))["forward"] is forward
     assert type(model).__call__ is nn.Module.__call__
 
 

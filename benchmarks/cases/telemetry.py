@@ -172,7 +172,8 @@ def observed(plan: Plan) -> Observation:
 
 def check(plan: Plan, transport: str) -> None:
     """What arrives is what was sent, all of it and in order."""
-    observations = [dataclasses.replace(observed(plan), step=step) for step in range(20)]
+    seen = observed(plan)
+    observations = [dataclasses.replace(seen, step=n, handed_out_step=n + 1) for n in range(20)]
     for observation in observations:
         way(transport).tell(observation)
     arrived = [batch for _, batch in way(transport).wait_for(len(observations))]

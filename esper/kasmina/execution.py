@@ -38,7 +38,7 @@ from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.handles import LayerHandles
-from esper.kasmina.host_state import HostState
+from esper.kasmina.host_state import HostState, num_bytes
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import ACTIVE, check_edge
@@ -301,8 +301,8 @@ class Kasmina:
             if target in (SeedState.CULLED, SeedState.CANCELLED, SeedState.ROLLED_BACK):
                 tenancy.answer(False)
                 tenancy.host_state = None
-            elif target is SeedState.GRAFTING and self.settings.rollback_enabled:
-                tenancy.host_state = self._host_state()
+            elif target is SeedState.GRAFTING:
+                tenancy.host_state = self._host_state(layer.seed_name(seed_idx))
         if target is SeedState.FOSSILIZED:
             self._fossils.add(seed_id)
         if target in (SeedState.DORMANT, SeedState.FOSSILIZED, SeedState.ROLLED_BACK):
@@ -310,10 +310,23 @@ class Kasmina:
         logger.info("%s: %s > %s (%s)", layer.seed_name(seed_idx), source.name, target.name, reason)
         self._emit(layer, seed_idx, source, target, reason, artifact_id)
 
-    def _host_state(self) -> HostState:
+    def _host_state(self, seed_name: str) -> HostState | None:
+        """Copy the host as it is before it hears a seed, unless it is too large for that."""
         root = self._root()
         assert root is not None
-        return HostState(root, [attached.optimizer for attached in self.enrollment.attachments])
+        optimizers = [attached.optimizer for attached in self.enrollment.attachments]
+        needed, capacity = num_bytes(root, optimizers), self.settings.rollback_capacity_bytes
+        if needed <= capacity:
+            return HostState(root, optimizers)
+        if capacity:
+            logger.warning(
+                "%s can be culled but not rolled back: a copy of the host takes %d bytes, and "
+                "SeedSettings.rollback_capacity_bytes is %d",
+                seed_name,
+                needed,
+                capacity,
+            )
+        return None
 
     def roll_back(self, layer: KasminaLayer, seed_idx: int, reason: str) -> None:
         """See :meth:`KasminaLayer.roll_back`. Training thread."""
@@ -324,7 +337,7 @@ class Kasmina:
         if source in ACTIVE and host_state is None:
             raise EsperError(
                 f"{name}: the host's state of before it heard the seed is not there: it is kept "
-                "with SeedSettings(rollback_enabled=True), and not saved in checkpoints"
+                "within SeedSettings.rollback_capacity_bytes, and not saved in checkpoints"
             )
         layer.lock(seed_idx, reason)
         if host_state is not None:

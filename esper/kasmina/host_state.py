@@ -36,6 +36,15 @@ class HostState:
                         _restore_state(optimizer.state, parameter, states[parameter])
 
 
+def num_bytes(root: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Return the size of a copy, of sharded tensors as a whole: the same in all processes."""
+    tensors: list[Tensor] = [*root.parameters(), *root.buffers()]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _members(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
