@@ -93,7 +93,7 @@ IN_GRAFTING = (S.DORMANT, S.GERMINATED, S.LOADING, S.TRAINING, S.GRAFTING)
 
 @pytest.mark.parametrize(
     "event",
-    [epoch(5, 3.1), epoch(5, math.nan), epoch(5, math.inf), epoch(5, 1.0, train_loss=math.nan)],
+    [epoch(5, 11.1), epoch(5, math.nan), epoch(5, math.inf), epoch(5, 1.0, train_loss=math.nan)],
 )
 async def test_a_loss_that_explodes_while_a_seed_comes_in_is_rolled_back(
     event: EpochEvent, kernel: KernelRecord
