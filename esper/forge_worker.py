@@ -93,6 +93,8 @@ def configure_logging(name: str, *, verbose: bool) -> None:
         level=logging.DEBUG if verbose else logging.INFO,
         format=f"%(asctime)s {name} %(levelname)s: %(message)s",
     )
+    if not verbose:
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request at INFO
 
 
 async def work(urza: Library, bus: Oona | None, options: argparse.Namespace) -> None:

@@ -76,7 +76,8 @@ def test_a_seed_grows_though_nothing_is_compiled_beside_the_training(
             _, log = worker.communicate(timeout=DEADLINE_S)
             assert worker.returncode == 0, log
             assert "Traceback" not in log
-            assert "WARNING" not in log
+            assert "WARNING" not in log, log
+            assert "HTTP Request" not in log
         server.stdout.close()
 
     with Urza(tmp_path / "library", trusted_key=public) as library:

@@ -263,6 +263,12 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with nothing to do, on which every pipeline makes what FAST makes."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(forge, "check_available", lambda pipeline: None)
+    package = child.HANDLERS["package"]
+    monkeypatch.setitem(
+        child.HANDLERS,
+        "package",
+        lambda header, blobs: package(header | {"pipeline": Pipeline.FAST}, blobs),
+    )
 
 
 async def made_anew(urza: Urza, settings: ForgeSettings) -> int:
