@@ -385,6 +385,14 @@ class KernelQuery(Contract):
     limit: int = Field(default=16, gt=0, le=1000)
 
 
+def _later(default: Any) -> Any:
+    """A field that first versions did not write: left out where it says nothing.
+
+    So what they wrote keeps its digest.
+    """
+    return Field(default=default, exclude_if=lambda value: bool(value == default))
+
+
 class Check(Contract):
     """One question that the evaluator asked, and its answer."""
 
@@ -398,16 +406,18 @@ class Measurement(Contract):
     """Latencies of one kernel at one batch size, in microseconds, and its peak memory."""
 
     batch_size: int
-    forward_mean_us: float | None = None  # None in the reports of earlier versions, as below
+    forward_mean_us: float | None = _later(None)
     forward_p50_us: float
     forward_p99_us: float
-    forward_backward_mean_us: float | None = None
+    forward_backward_mean_us: float | None = _later(None)
     forward_backward_p50_us: float
-    forward_backward_p99_us: float | None = None
+    forward_backward_p99_us: float | None = _later(None)
     eager_forward_p50_us: float  # the same blueprint as plain eager PyTorch, interleaved
-    eager_forward_backward_p50_us: float | None = None
-    samples_per_s: float | None = None  # forward and backward, at the median
-    spread: float | None = None  # of the ratio to eager over blocks of rounds, by its median
+    eager_forward_backward_p50_us: float | None = _later(None)
+    samples_per_s: float | None = _later(None)  # forward and backward, at the median
+    spread: float | None = _later(
+        None
+    )  # of the ratio to eager over blocks of rounds, by its median
     memory_bytes: int  # largest amount allocated at once during forward and backward
 
 
@@ -421,12 +431,12 @@ class UrabraskValidationReport(Contract):
     max_relative_error: float | None = None  # against float64, forward and gradients
     tags: tuple[str, ...] = ()
     risk_score: float = Field(default=1.0, ge=0, le=1)
-    risk_components: dict[str, float] = {}  # what the score is the sum of
+    risk_components: dict[str, float] = _later({})  # what the score is the sum of
     confidence: Confidence = Confidence.SPECULATIVE
     machine: str
     torch_version: str
-    sandbox: str = ""  # what held the candidate; empty if none was started
-    hidden_seed: int | None = None  # that the hidden cases were drawn from
+    sandbox: str = _later("")  # what held the candidate; empty if none was started
+    hidden_seed: int | None = _later(None)  # that the hidden cases were drawn from
 
 
 # ------------------------------------------------------------------------------------ messages
