@@ -84,7 +84,8 @@ def _audited_blueprints(
                 "lease_owner": details.get("owner"),
             }
         elif event == "blueprint.interest":
-            audited[subject] |= details
+            # JSON writes a large one with all its digits, which are read as an integer.
+            audited[subject] |= {role: float(score) for role, score in details.items()}
         else:
             evolved |= {(subject, cause) for cause in details.get("evolved_from", [])}
     return audited, evolved
