@@ -81,9 +81,8 @@ class TamiyoSettings(Contract):
     required_tags: frozenset[str] = frozenset()
     excluded_tags: frozenset[str] = frozenset()
     required_standard_errors: float = 1.645  # of a contribution, to be kept: 95 %, one-sided
-    explosion_factor: float = Field(
-        default=10.0, gt=0
-    )  # a rise of the loss by so many times itself; a ramp may cost several
+    # A rise of the loss by so many times itself is rolled back; a ramp may cost several for a while.
+    explosion_factor: float = Field(default=10.0, gt=0)
     command_lifetime_epochs: int = Field(default=16, ge=0)  # for which a decision holds
 
 

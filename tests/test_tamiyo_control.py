@@ -139,8 +139,8 @@ async def test_a_kept_seed_has_not_cost_the_host_more_than_it_brings(kernel: Ker
 @pytest.mark.parametrize(
     ("event", "path"),
     [
-        (epoch(5, 2.9), IN_GRAFTING),  # not twice more than it was
-        (epoch(5, 3.1, error=1.0), IN_GRAFTING),  # as chance may do
+        (epoch(5, 10.9), IN_GRAFTING),  # not ten times more than it was
+        (epoch(5, 11.1, error=4.0), IN_GRAFTING),  # as chance may do
         (epoch(5, math.nan), IN_GRAFTING[:-1]),  # the host does not hear the seed yet
     ],
 )
