@@ -141,12 +141,19 @@ def make_bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeBus
 
 
 class LateProxy:
-    """Passes bytes between a client and a server, with the server's answers ``delay_s`` late."""
+    """Passes bytes between a client and a server, with the server's answers ``delay_s`` late.
+
+    After :meth:`be_late_from` they are so from the moment at which the client has sent something.
+    """
 
     def __init__(self, target: Path, folder: Path):
         self.socket = folder / "proxy"
         self.delay_s = 0.0
         self._target = target
+        self._trigger: tuple[bytes, float] | None = None
+
+    def be_late_from(self, sent: bytes, delay_s: float) -> None:
+        self._trigger = sent, delay_s
 
     async def __aenter__(self) -> "LateProxy":
         self._clients: set[asyncio.Task[None]] = set()
@@ -176,6 +183,8 @@ class LateProxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, late: bool
     ) -> None:
         while data := await reader.read(65536):
+            if self._trigger is not None and not late and self._trigger[0] in data:
+                self.delay_s, self._trigger = self._trigger[1], None
             if late and self.delay_s:
                 await asyncio.sleep(self.delay_s)
             writer.write(data)
