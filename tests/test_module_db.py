@@ -85,9 +85,23 @@ def test_what_is_done_with_models_works_with_a_module(
     run_first(check, name)
 
 
-# Compiling takes a second. What differs in the number of dimensions only, and losses, are left to
-# tests/compat_report.py.
-COMPILED_NAMES = [n for n in CALLABLE_NAMES if not n.endswith(("1d", "3d", "Loss"))]
+# Compiling takes seconds. One of each kind here, and all of them in tests/compat_report.py.
+COMPILED_NAMES = [
+    "nn.BatchNorm2d",
+    "nn.Bilinear",
+    "nn.Conv2d",
+    "nn.ConvTranspose2d",
+    "nn.Dropout",
+    "nn.Embedding",
+    "nn.GELU",
+    "nn.LayerNorm",
+    "nn.Linear",
+    "nn.LSTM",
+    "nn.MaxPool2d",
+    "nn.MultiheadAttention",
+    "nn.ReLU",
+    "nn.TransformerEncoderLayer",
+]
 
 
 @pytest.mark.parametrize("name", COMPILED_NAMES)
