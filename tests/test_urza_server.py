@@ -85,7 +85,7 @@ def http(url: str) -> Iterator[httpx.Client]:
 # ------------------------------------------------------------------ the description
 
 
-def test_what_issue_and_documentation_name_is_there(http: httpx.Client) -> None:
+def test_every_documented_route_is_there(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert {
         ("/api/v1/blueprints", "post"),
