@@ -170,10 +170,15 @@ def observed(plan: Plan) -> Observation:
     return seen[-1]
 
 
+def numbered(observation: Observation, step: int) -> Observation:
+    """Return the observation as one of that step, so that what arrives can be told apart."""
+    return dataclasses.replace(observation, step=step, handed_out_step=step + 1)
+
+
 def check(plan: Plan, transport: str) -> None:
     """What arrives is what was sent, all of it and in order."""
     seen = observed(plan)
-    observations = [dataclasses.replace(seen, step=n, handed_out_step=n + 1) for n in range(20)]
+    observations = [numbered(seen, n) for n in range(20)]
     for observation in observations:
         way(transport).tell(observation)
     arrived = [batch for _, batch in way(transport).wait_for(len(observations))]
@@ -190,7 +195,7 @@ def latencies_us(way: Way, observation: Observation, seconds: float) -> Samples:
     for step in range(max(10, round(seconds / pause_s))):
         time.sleep(max(0.0, start + step * pause_s - time.perf_counter()))
         begun[step] = time.perf_counter()
-        way.tell(dataclasses.replace(observation, step=step))
+        way.tell(numbered(observation, step))
     arrivals = way.wait_for(len(begun))
     return np.asarray([1e6 * (at - begun[batch.signals[0].step]) for at, batch in arrivals])
 
