@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+import esper.urabrask.tags as tags
 from esper.config import EvaluatorSettings
 from esper.contracts import (
     Contract,
@@ -30,7 +31,6 @@ from esper.errors import (
 from esper.oona import Oona
 from esper.oona.attendance import attend
 from esper.tezzeret.pipelines import torch_release
-from esper.urabrask import tags
 from esper.urabrask.turn import device_to_itself
 from esper.urza import Library
 from esper.urza.tenure import unique_owner, while_leased
