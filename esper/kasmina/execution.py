@@ -357,6 +357,10 @@ class Kasmina:
         self._uncompiled.end()
         morph.unwatch(self._hosts())
 
+    def _watch(self) -> None:
+        """Have every layer report its forwards; :meth:`release` ends it."""
+        morph.watch(self._hosts(), [layer.observer for layer in self.layers.values()])
+
     def _hosts(self) -> list[nn.Module]:
         return [layer.default_transform for layer in self.layers.values()]
 
@@ -445,7 +449,7 @@ class Kasmina:
             self.bank.begin_refresh()
         self.observing = record.observing
         if self.observing:
-            morph.watch(self._hosts(), [layer.observer for layer in self.layers.values()])
+            self._watch()
 
     def _restore_tenancy(self, record: TenancyRecord) -> None:
         name, seed_idx = record.seed_id
@@ -706,7 +710,7 @@ class Kasmina:
         self.bank.reset_health()
         self._observed_step = self.step_count
         self.next_due = self.step_count + 1  # the step that ends the observation
-        morph.watch(self._hosts(), [layer.observer for layer in self.layers.values()])
+        self._watch()
         if "torch._dynamo" in sys.modules:  # somebody may compile
             self._uncompiled.begin()
 
