@@ -94,12 +94,13 @@ def test_nothing_is_left_of_a_candidate(sandbox: Sandbox, folder: Path, name: st
     assert list(folder.glob("esper-sandbox-*/*")) == []
 
 
-def test_a_fork_server_that_was_killed_is_replaced(sandbox: Sandbox) -> None:
+def test_a_fork_server_that_was_killed_is_replaced() -> None:
     before = descendants(os.getpid())  # of other tests
-    judge_honest(sandbox)
-    [server] = set(descendants(os.getpid())) - set(before)
-    os.kill(server, signal.SIGKILL)
-    assert judge_honest(sandbox) is KernelStatus.VALIDATED
+    with Sandbox(SETTINGS, (TESTS,)) as sandbox:
+        judge_honest(sandbox)
+        [server] = set(descendants(os.getpid())) - set(before)
+        os.kill(server, signal.SIGKILL)
+        assert judge_honest(sandbox) is KernelStatus.VALIDATED
 
 
 def test_a_candidate_inherits_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
