@@ -238,7 +238,7 @@ class NativeTarget(Contract):
     machine: str  # "x86_64"
     instructions: str  # digest of the processor's features, or "sm_90"
     cuda: str | None = None
-    threads: int | None = None  # on the CPU, where loops are divided among them when compiled
+    threads: int | None = None  # that loops on the CPU are divided among; others may exist
 
 
 class Speedup(Contract):

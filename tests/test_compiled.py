@@ -3,7 +3,7 @@
 import copy
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import forge_samples as samples
@@ -406,13 +406,38 @@ async def test_a_swapped_library_is_refused_before_it_is_loaded(
         loader.prepare(artifact_id, SITES["linear"], torch.float32, torch.device("cpu"))
 
 
-def test_another_number_of_threads_is_left_to_fast(
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("batch_size", "takes"), [(1365, True), (1366, False)])
+def test_calls_worth_dividing_among_threads_are_left_to_fast(
+    kernel: Kernel, served: list[bool], two_threads: None, batch_size: int, takes: bool
+) -> None:
+    inp, act = leaves(batch_size)
+    assert inp.shape[1] == 24, "ATen divides more than 32768 elements"
+    kernel.call(inp, act, kernel.weights())
+    assert served == [takes]
+
+
+def test_the_number_of_threads_may_change(kernel: Kernel, served: list[bool]) -> None:
+    inp, act = leaves(4096)
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        kernel.call(inp, act, kernel.weights())
+    assert served == [True, False, True]
+
+
+def test_code_compiled_for_more_threads_is_left_to_fast(
     artifact: native_artifacts.Artifact, caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.set_num_threads(2)
-    try:
-        kernel = compiled.build(*artifact)
-    finally:
-        torch.set_num_threads(1)
+    [manifest, files] = artifact
+    assert manifest.native is not None
+    target = manifest.native.target.model_copy(update={"threads": 2})
+    native_build = manifest.native.model_copy(update={"target": target})
+    kernel = compiled.build(*repacked((manifest, files), {}, native=native_build))
     assert kernel.compiled is None
-    assert "runs as FAST: compiled for threads 1, here it is 2" in caplog.text
+    assert "runs as FAST: compiled for threads 2, here it is 1" in caplog.text

@@ -35,6 +35,7 @@ NATIVE_FILES = (PLAN_FILE, *LIBRARY_FILES)
 FORMAT_VERSION = 1
 _MAX_REMEMBERED = 256  # layouts of inputs; batches may have any size
 _ALIGNMENT_BYTES = 16  # which Triton takes for granted
+_GRAIN_SIZE = 32768  # elements up to which ATen too leaves a loop to one thread
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -199,12 +200,14 @@ class CompiledStep:
         key = (
             (inp.shape, inp.stride(), inp.dtype, inp.device),
             (act.shape, act.stride(), act.dtype, act.device),
+            torch.get_num_threads(),
         )
         if key not in self._known:
             if len(self._known) >= _MAX_REMEMBERED:
                 self._known.clear()
             serves = (inp.dtype, act.dtype) == self._dtypes and inp.device == act.device
             serves &= self.plan.layout.admits([(x.shape, x.stride()) for x in (inp, act)])
+            serves &= _suits_threads(inp, act)
             self._known[key] = self.libraries_for(inp.device) if serves else None
         return self._known[key]
 
@@ -213,6 +216,12 @@ class CompiledStep:
             (p.shape, p.stride(), p.dtype) == expected and p.device == device
             for p, expected in zip(params, self._weights, strict=True)
         )
+
+
+def _suits_threads(inp: Tensor, act: Tensor) -> bool:
+    """Whether the FAST program would not have a loop on the CPU done by more threads."""
+    undivided = torch.get_num_threads() <= native.NUM_THREADS
+    return undivided or act.is_cuda or max(inp.numel(), act.numel()) <= _GRAIN_SIZE
 
 
 def _nothing() -> None:

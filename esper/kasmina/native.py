@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esper.contracts import NativeTarget
 
+NUM_THREADS = 1  # that compiled loops on the CPU are divided among
 _CPU_INFO = Path("/proc/cpuinfo")
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], "Library"] = {}  # by digest and device
@@ -37,7 +38,7 @@ def native_target(device: str) -> NativeTarget:
         machine=platform.machine(),
         instructions=_compute_capability() if device == "cuda" else _processor_features(),
         cuda=torch.version.cuda if device == "cuda" else None,
-        threads=None if device == "cuda" else torch.get_num_threads(),
+        threads=None if device == "cuda" else NUM_THREADS,
     )
 
 

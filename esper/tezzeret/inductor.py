@@ -36,6 +36,7 @@ from esper.contracts import HyperParameter
 from esper.kasmina.compiled import BACKWARD_FILE, FORWARD_FILE, PLAN_FILE, StepPlan
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layout import OPERATIONS, Expression, Layout, TensorLayout
+from esper.kasmina.native import NUM_THREADS
 
 OUTPUT_GRADIENT = -1  # in the plan: the gradient that came in
 
@@ -54,6 +55,7 @@ class Variant:
 
 # The memory format of what is saved must be the one that the backward library was compiled for.
 _FIXED_OPTIONS: dict[str, HyperParameter] = {
+    "cpp.threads": NUM_THREADS,
     "layout_optimization": False,
     "aot_inductor.enable_line_tables": False,
     "aot_inductor.embed_kernel_binary": True,
