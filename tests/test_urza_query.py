@@ -10,7 +10,7 @@ from urza_backends import Place
 from urza_samples import SITE, audited, judge, kernel_files, measurement, publish
 from urza_shelf import Shelved, best, shelve, site
 
-from esper.contracts import KernelQuery, KernelRecord, KernelStatus
+from esper.contracts import KernelQuery, KernelRecord, KernelStatus, Pipeline
 from esper.errors import ArtifactIntegrityError
 from esper.urza import Urza
 from esper.urza.query import parameters, ranked
@@ -18,7 +18,7 @@ from esper.urza.query import parameters, ranked
 
 def validated(urza: Urza, name: str = "low_rank", **changes: Any) -> str:
     """Publish and validate a kernel; ``changes`` are to its manifest or to its report."""
-    of_manifest = {"num_parameters", "site", "dtype", "device", "torch_version"}
+    of_manifest = {"num_parameters", "site", "dtype", "device", "torch_version", "pipeline"}
     artifact_id = publish(urza, name, **{k: v for k, v in changes.items() if k in of_manifest})
     judge(urza, artifact_id, **{k: v for k, v in changes.items() if k not in of_manifest})
     return artifact_id
@@ -105,6 +105,21 @@ def test_latency_does_not_rank(urza: Urza) -> None:
     judge(urza, slow, measurement=measurement(900.0, 4096))
     judge(urza, quick, measurement=measurement(1.0, 4096))
     assert found(urza) == [slow, quick]
+
+
+def test_of_one_blueprint_the_fastest_pipeline_comes_first(urza: Urza) -> None:
+    fast = validated(urza, "a", risk_score=0.1)
+    other = validated(urza, "b", risk_score=0.2)
+    standard = validated(urza, "a", risk_score=0.3, pipeline=Pipeline.STANDARD)
+    aggressive = validated(urza, "a", risk_score=0.4, pipeline=Pipeline.AGGRESSIVE)
+    assert found(urza) == [aggressive, other, standard, fast]
+
+
+def test_a_faster_pipeline_passes_no_kernel_with_more_preferred_tags(urza: Urza) -> None:
+    fast = validated(urza, "a", tags=("small",))
+    standard = validated(urza, "a", tags=(), pipeline=Pipeline.STANDARD)
+    assert found(urza, preferred_tags={"small"}) == [fast, standard]
+    assert found(urza) == [standard, fast]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ from esper.urza.leases import (
     next_claimable,
 )
 from esper.urza.lineage import lineage_graph
-from esper.urza.query import check_fit, find
+from esper.urza.query import check_fit, fastest_first, find
 from esper.urza.rows import (
     blueprint_from,
     blueprint_record_from,
@@ -442,15 +442,16 @@ class Urza:
     def query(self, query: KernelQuery) -> list[KernelRecord]:
         """Return VALIDATED kernels that fit, best first.
 
-        Ranked by preferred tags matched, risk, number of parameters and id. Latency only bounds:
-        a ranking by a noisy measurement would change from machine to machine. A kernel whose
-        latency or memory is unknown meets no bound on it.
+        Ranked by preferred tags matched, risk, number of parameters and id; of one blueprint's
+        kernels that were found, the fastest pipeline's comes first. Latency only bounds: a ranking
+        by a noisy measurement would change from machine to machine. A kernel whose latency or
+        memory is unknown meets no bound on it.
         """
         with self._database.read() as connection:
             records = [record_from(row) for row in find(connection, query)]
         for record in records:
             check_fit(record, query)
-        return records
+        return fastest_first(records, query.preferred_tags)
 
     def archive(self, artifact_id: str) -> None:
         """Let queries no longer find a kernel. It can still be fetched; again changes nothing."""

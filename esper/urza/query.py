@@ -6,7 +6,8 @@ each search walks the index and stops as soon as it has found enough. Only what 
 from the table.
 """
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from sqlalchemy import (
     select,
 )
 
-from esper.contracts import KernelManifest, KernelQuery, KernelRecord, KernelStatus
+from esper.contracts import KernelManifest, KernelQuery, KernelRecord, KernelStatus, Pipeline
 from esper.errors import ArtifactIntegrityError
 from esper.urza.schema import kernels, tag_set_members
 
@@ -83,6 +84,29 @@ def check_fit(record: KernelRecord, query: KernelQuery) -> None:
             f"kernel {record.artifact_id}: its row was altered, it was found for {asked}, "
             f"its manifest says {found}"
         )
+
+
+def fastest_first(
+    records: Sequence[KernelRecord], preferred_tags: frozenset[str]
+) -> list[KernelRecord]:
+    """Let what one blueprint was compiled to take its places in the ranking by pipeline.
+
+    A pipeline delivers only what it measured to be faster than what a simpler one delivers. Kernels
+    that match more of the preferred tags stay in front of those that match fewer.
+    """
+    ranks = list(Pipeline)
+    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for place, record in enumerate(records):
+        matched = len(preferred_tags.intersection(record.tags))
+        places[record.manifest.blueprint_id, matched].append(place)
+    ordered = [*records]
+    for twins in places.values():
+        by_pipeline = sorted(
+            twins, key=lambda place: -ranks.index(records[place].manifest.pipeline)
+        )
+        for place, twin in zip(twins, by_pipeline, strict=True):
+            ordered[place] = records[twin]
+    return ordered
 
 
 def _fit(subject: KernelManifest | KernelQuery) -> tuple[object, ...]:
