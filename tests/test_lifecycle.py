@@ -70,7 +70,7 @@ def layer_in(state: SeedState) -> KasminaLayer:
     model = esper.wrap(nn.Sequential(nn.Linear(8, 4)), seeds_per_layer=1)
     model.connect(library)
     layer = model.kasmina_layers["0"]
-    loader = model.kasmina._loader
+    loader = model.kasmina.loads._loader
     kernel = loader.prepare(library.add(), layer.site(0), layer.dtype, model.kasmina.bank.device)
     walk = [
         (S.GERMINATED, lambda: layer.germinate(0, kernel.artifact_id, "test")),

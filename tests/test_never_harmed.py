@@ -336,7 +336,7 @@ def test_a_load_that_was_culled_cannot_take_anothers_place() -> None:
     layer = model.kasmina_layers["0"]
     layer.request_germination(1, first, FOREVER)
     tenancy = model.kasmina.tenancies["0", 1]
-    model.kasmina.prepare(tenancy)
+    model.kasmina.loads.prepare(tenancy)
     layer.cull(1, "changed my mind")
     layer.revive(1)
     layer.request_germination(1, second, FOREVER)

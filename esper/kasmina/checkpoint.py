@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from esper.contracts import SeedId, SeedState
 from esper.errors import ArtifactError, ArtifactNotFoundError, CheckpointError
+from esper.kasmina.capture import capture, restore
 from esper.kasmina.checkpoint_files import publish, verified_files
 from esper.kasmina.enrollment import Attachment
 from esper.kasmina.kernel import Kernel
@@ -85,7 +86,7 @@ def save(
         "extra": dict(extra or {}),
     }
     records = {
-        "kasmina": model.kasmina.capture().model_dump(mode="json"),
+        "kasmina": capture(model.kasmina).model_dump(mode="json"),
         "aliases": aliases,
         **{name: pack(value, name, tensors) for name, value in training.items()},
     }
@@ -215,7 +216,7 @@ def _load_wrapped(
 
     model.load_state_dict(saved.host_weights() | others)
     model.kasmina.bank.restore(saved.bank())
-    model.kasmina.restore(saved.kasmina, kernels)
+    restore(model.kasmina, saved.kasmina, kernels)
     for name, seed_idx, generator_state in saved.value("seat_generators"):
         _seat(model, name, seed_idx).rng_state = generator_state
     if library is not None:

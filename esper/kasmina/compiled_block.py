@@ -289,7 +289,7 @@ class CompiledBlock:
     def _kernels(self, layer: KasminaLayer, artifacts: Sequence[str]) -> Iterator[Kernel]:
         for artifact_id in artifacts:
             try:
-                yield self._kasmina.load(layer, 0, artifact_id)
+                yield self._kasmina.loads.load(layer, 0, artifact_id)
             except ArtifactMismatchError:
                 continue
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from esper.contracts import canonical_json
 from esper.errors import DistributedError, EsperError
+from esper.kasmina.capture import capture
 from esper.kasmina.control_group import ControlGroup
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.model import MorphableModel
@@ -112,7 +113,7 @@ def _check_alike(kasmina: Kasmina, control: ControlGroup) -> None:
 
 
 def _digest(kasmina: Kasmina) -> bytes:
-    record = kasmina.capture().model_dump(mode="json", exclude=_MAY_DIFFER)
+    record = capture(kasmina).model_dump(mode="json", exclude=_MAY_DIFFER)
     states = {name: layer.state_layout.lifecycle_states() for name, layer in kasmina.layers.items()}
     return hashlib.sha256(canonical_json([record, states])).digest()
 

@@ -117,20 +117,20 @@ class Peers:
         for seed_id, reason in directive.quarantined:
             kasmina.inbox.append(partial(kasmina.take_out, seed_id, reason))
         for command in directive.commands:
-            kasmina.inbox.append(partial(kasmina.obey, command))
+            kasmina.inbox.append(partial(kasmina.commands.obey, command))
 
     def settle_loads(self) -> None:
         """Put those kernels in place that all ranks have ready, and give up those that one lacks."""
-        loading = self._kasmina.loading()
+        loading = self._kasmina.loads.under_way()
         for tenancy in loading:
-            prepared = tenancy.prepared or self._kasmina.prepare(tenancy)
+            prepared = tenancy.prepared or self._kasmina.loads.prepare(tenancy)
             if self._kasmina.deterministic:
                 wait([prepared])
         self._vote(loading)
 
     def load_now(self, tenancy: Tenancy) -> None:
         """Load a kernel and put it in place on all ranks, each of which calls this. Waits."""
-        wait([self._kasmina.prepare(tenancy)])
+        wait([self._kasmina.loads.prepare(tenancy)])
         self._vote([tenancy])
 
     def _vote(self, loading: list[Tenancy]) -> None:
@@ -140,9 +140,9 @@ class Peers:
         votes = self.control.maxima([self._ballot(obstacle) for obstacle in obstacles])
         for tenancy, vote, obstacle in zip(loading, votes, obstacles, strict=True):
             if vote == _READY:
-                self._kasmina.conclude(tenancy, None)
+                self._kasmina.loads.conclude(tenancy, None)
             elif vote >= _FAILED:
-                self._kasmina.conclude(tenancy, self._told_by(vote - _FAILED, obstacle))
+                self._kasmina.loads.conclude(tenancy, self._told_by(vote - _FAILED, obstacle))
 
     def _obstacle(self, tenancy: Tenancy) -> BaseException | int:
         """Return what speaks against taking the kernel in here, or a vote without a reason."""
@@ -150,7 +150,7 @@ class Peers:
         if not tenancy.prepared.done():
             return _PENDING
         if not tenancy.fits:
-            obstacle = self._kasmina.obstacle(tenancy)
+            obstacle = self._kasmina.loads.obstacle(tenancy)
             if obstacle is not None:
                 return obstacle
             tenancy.fits = True  # it may be long until the others are ready

@@ -65,7 +65,7 @@ def seat_missing_kernels(kasmina: "Kasmina", state_dict: Mapping[str, Any], pref
     for name, seed_idx in missing:
         _check_free(kasmina.layers[name], seed_idx)
     kernels = {
-        (name, seed_idx): kasmina.load(kasmina.layers[name], seed_idx, mark.artifact_id)
+        (name, seed_idx): kasmina.loads.load(kasmina.layers[name], seed_idx, mark.artifact_id)
         for (name, seed_idx), mark in missing.items()
     }
     for (name, _), kernel in kernels.items():

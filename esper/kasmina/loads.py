@@ -1,0 +1,138 @@
+"""How a kernel comes from the library to its seat: prepared in the background, seated by a step."""
+
+import concurrent.futures
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from esper.contracts import SeedState
+from esper.errors import EsperError
+from esper.kasmina.kernel import Kernel
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.loader import KernelLoader, KernelSource, compute_alone
+from esper.kasmina.tenancy import Tenancy
+
+if TYPE_CHECKING:
+    from esper.kasmina.execution import Kasmina
+
+_THREADS = 2  # while one waits for the library, the other builds
+
+
+class Loads:
+    """Kernels on their way. Training thread, unless a method says otherwise."""
+
+    def __init__(self, kasmina: "Kasmina"):
+        self._kasmina = kasmina
+        self._loader: KernelLoader | None = None
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Loads":
+        """Return those of a copied model: none, from the same library."""
+        twin = Loads(memo[id(self._kasmina)])
+        if self._loader is not None:
+            twin.connect(self._loader.source)
+        return twin
+
+    def connect(self, library: KernelSource) -> None:
+        """Let kernels be loaded from ``library``."""
+        self._loader = KernelLoader(library, self._kasmina.cache)
+
+    @property
+    def library(self) -> KernelSource | None:
+        """The library that kernels are loaded from, or None."""
+        return None if self._loader is None else self._loader.source
+
+    def under_way(self) -> list[Tenancy]:
+        """Return the tenancies whose kernel is still to come, in the order of their admission."""
+        states = (SeedState.GERMINATED, SeedState.LOADING)
+        tenancies = self._kasmina.tenancies.values()
+        return [t for t in tenancies if t.layer.state(t.seed_idx) in states]
+
+    def pursue(self) -> None:
+        """Begin the loads that are wanted and settle those that are done."""
+        for tenancy in self.under_way():
+            prepared = tenancy.prepared or self.prepare(tenancy)
+            if self._kasmina.deterministic:
+                concurrent.futures.wait([prepared])
+            if prepared.done():
+                self.settle(tenancy)
+
+    def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
+        """GERMINATED > LOADING: have the kernel prepared in the background."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(
+                _THREADS, thread_name_prefix="esper-loader", initializer=compute_alone
+            )
+        if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
+            tenancy.layer.await_kernel(tenancy.seed_idx)
+        tenancy.prepared = self._executor.submit(
+            self.load, tenancy.layer, tenancy.seed_idx, tenancy.artifact_id
+        )
+        return tenancy.prepared
+
+    def load(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
+        """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`. Any thread."""
+        if self._loader is None:
+            raise EsperError("no library is connected: call model.connect(library) first")
+        device = self._kasmina.bank.device
+        if layer.device != device:
+            raise EsperError(
+                f"layer '{layer.name}' is on {layer.device}, the seeds on {device}: "
+                "move the wrapped model as a whole"
+            )
+        site = layer.site(seed_idx)
+        kernel = self._loader.prepare(artifact_id, site, layer.dtype, layer.device)
+        # A millisecond that the training thread is spared: it asks again, and is told at once.
+        with contextlib.suppress(EsperError):
+            self._kasmina.enrollment.check(layer, kernel)
+        return kernel
+
+    def settle(self, tenancy: Tenancy) -> None:
+        """LOADING > TRAINING, GRAFTING or CULLED, by what came of the preparation."""
+        if tenancy.layer.state(tenancy.seed_idx) is SeedState.LOADING:  # not culled meanwhile
+            self.conclude(tenancy, self.obstacle(tenancy))
+
+    def obstacle(self, tenancy: Tenancy) -> BaseException | None:
+        """Return why the kernel whose preparation has ended cannot take its seat, if so."""
+        prepared = tenancy.prepared
+        assert prepared is not None
+        if prepared.cancelled() or tenancy.settled.done():
+            return EsperError("the load was given up")
+        return prepared.exception() or self._misfit(tenancy, prepared.result())
+
+    def conclude(self, tenancy: Tenancy, error: BaseException | None) -> None:
+        """LOADING > TRAINING or GRAFTING with the prepared kernel, or > CULLED for an error."""
+        prepared, tenancy.prepared, tenancy.fits = tenancy.prepared, None, False
+        assert prepared is not None
+        if error is None:
+            _seat(tenancy, prepared.result())
+        else:
+            tenancy.layer.reject_kernel(tenancy.seed_idx, error)
+        tenancy.answer(error is None)
+
+    def close(self) -> None:
+        """Give up what is under way and stop the threads."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def _misfit(self, tenancy: Tenancy, kernel: Kernel) -> EsperError | None:
+        """Return what layer or optimizers have against the kernel, if they do."""
+        layer = tenancy.layer
+        if "forward" in layer.default_transform.__dict__:
+            return EsperError(
+                f"layer '{layer.name}' has a forward of its own on the instance, which an active "
+                "class cannot reach"
+            )
+        try:
+            self._kasmina.enrollment.check(layer, kernel)
+        except EsperError as error:
+            return error
+        return None
+
+
+def _seat(tenancy: Tenancy, kernel: Kernel) -> None:
+    if tenancy.strategy is not None and kernel.weights():
+        tenancy.layer.train(tenancy.seed_idx, kernel)
+    else:
+        tenancy.layer.graft_new(tenancy.seed_idx, kernel, tenancy.strategy, tenancy.alpha)
