@@ -75,7 +75,7 @@ def layer_in(state: SeedState) -> KasminaLayer:
     walk = [
         (S.GERMINATED, lambda: layer.germinate(0, kernel.artifact_id, "test")),
         (S.LOADING, lambda: layer.await_kernel(0)),
-        (S.TRAINING, lambda: layer.train(0, kernel)),
+        (S.TRAINING, lambda: layer.train(layer.make_seat(0, kernel, layer.make_room()))),
         (S.GRAFTING, lambda: layer.graft(0, GraftingStrategy())),
         (S.STABILIZATION, lambda: layer.stabilize(0)),
         (S.EVALUATING, lambda: layer.evaluate(0)),

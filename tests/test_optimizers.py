@@ -2,8 +2,10 @@
 
 import copy
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import wait
 from inspect import signature
 from typing import Any
 
@@ -574,6 +576,47 @@ def test_an_optimizer_for_the_same_parameters_takes_the_others_place(
     model.attach_optimizer(second)
     assert [a.optimizer for a in model.kasmina.enrollment.attachments] == [second]
     assert len(members(second)[0]) == 4 + 4
+
+
+def exchange_groups(model: MorphableModel, optimizer: torch.optim.Optimizer) -> Optimizers:
+    groups = optimizer.param_groups
+    groups[:] = [{**group, "params": [*group["params"]]} for group in groups]
+    return [optimizer]
+
+
+def exchange_optimizer(model: MorphableModel, optimizer: torch.optim.Optimizer) -> Optimizers:
+    successor = torch.optim.AdamW(list(model.parameters()), lr=1e-3)
+    model.attach_optimizer(successor)
+    return [successor, optimizer]
+
+
+@pytest.mark.parametrize("change", [exchange_groups, exchange_optimizer])
+def test_a_prepared_kernel_joins_what_is_there_when_it_is_seated(
+    change: Callable[[MorphableModel, torch.optim.Optimizer], Optimizers],
+    library: MemoryLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stepped, fetch = threading.Event(), library.fetch_kernel
+    monkeypatch.setattr(library, "fetch_kernel", lambda name: stepped.wait() and fetch(name))
+    model = esper.wrap(host(), settings=SETTINGS.model_copy(update={"deterministic": False}))
+    model.connect(library)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model.attach_optimizer(optimizer)
+    germinate(model, library)
+    stepped.set()
+    prepared = model.kasmina.tenancies["0", 1].prepared
+    assert prepared is not None
+    wait([prepared])
+    old_groups = optimizer.param_groups[:]
+
+    [home, *others] = change(model, optimizer)
+    model.step()
+
+    weights = {id(weight) for weight in kernel_of(model).weights()}
+    assert weights <= {id(p) for group in home.param_groups for p in group["params"]}
+    elsewhere = [g for other in others for g in other.param_groups] + old_groups
+    assert not weights & {id(p) for group in elsewhere for p in group["params"]}
+    model.kasmina.close()
 
 
 def test_named_parameters_keep_their_names(library: MemoryLibrary) -> None:

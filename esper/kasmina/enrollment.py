@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,21 @@ class Place:
     optimizer: torch.optim.Optimizer
     group: Group
 
+    def exists(self) -> bool:
+        return any(group is self.group for group in self.optimizer.param_groups)
+
+
+@dataclass(eq=False)
+class Plan:
+    """Which of a kernel's weights go where, as long as the optimizers have the same groups."""
+
+    attachments: list[Attachment]
+    places: list[tuple[Place, list[nn.Parameter]]]
+    checked: bool = False  # the optimizers take them
+
+    def holds(self, attachments: list[Attachment]) -> bool:
+        return self.attachments == attachments and all(place.exists() for place, _ in self.places)
+
 
 class Enrollment:
     """The optimizers that the user has attached, each for its own part of the model."""
@@ -63,6 +79,9 @@ class Enrollment:
         self.layers = layers
         self.attachments: list[Attachment] = []
         self._taken: set[tuple[Any, ...]] = set()  # what an optimizer has been seen to take
+        # Of kernels that are about to be seated: finding the places takes longer the larger the
+        # model is, and a loading thread has time.
+        self._plans: WeakKeyDictionary[Kernel, Plan] = WeakKeyDictionary()
 
     def attach(self, optimizer: torch.optim.Optimizer, group_options: dict[str, Any]) -> None:
         """Take in an optimizer, in the place of those that have parameters in common with it.
@@ -98,21 +117,24 @@ class Enrollment:
         """
         if not self.attachments:
             return
-        for place, weights in self._places(layer, kernel.weights()):
+        plan = self._plan(layer, kernel)
+        if plan.checked:
+            return
+        for place, weights in plan.places:
             kind = (type(place.optimizer), _options(place.group), *map(_described, weights))
             if kind not in self._taken:
                 _check_takes(place, weights)
                 self._taken.add(kind)
+        plan.checked = True
 
     def enroll(self, layer: "KasminaLayer", seat: Seat) -> None:
         """Add a seat's parameters, if they are not there yet."""
-        names = {id(weight): name for name, weight in seat.named_parameters()}
-        for place, weights in self._places(layer, tuple(seat.parameters())):
+        for place, weights in self._plan(layer, seat.kernel).places:
             place.group["params"].extend(weights)
             _begin_states(place.optimizer, place.group, weights)
             if "param_names" in place.group:
-                prefix = f"{layer.name}." * bool(layer.name) + f"{SEATS}.{seat.seed_idx}."
-                place.group["param_names"].extend(prefix + names[id(w)] for w in weights)
+                place.group["param_names"].extend(_names(layer, seat, weights))
+        del self._plans[seat.kernel]
 
     def dismiss(self, seat: Seat) -> None:
         """Remove a seat's parameters with their state; groups and lists stay the same objects."""
@@ -140,8 +162,15 @@ class Enrollment:
         for layer, seat in seats:
             self.enroll(layer, seat)
 
+    def _plan(self, layer: "KasminaLayer", kernel: Kernel) -> Plan:
+        plan = self._plans.get(kernel)
+        if plan is None or not plan.holds(self.attachments):
+            plan = Plan([*self.attachments], self._places(layer, [*kernel.parameters()]))
+            self._plans[kernel] = plan
+        return plan
+
     def _places(
-        self, layer: "KasminaLayer", weights: tuple[nn.Parameter, ...]
+        self, layer: "KasminaLayer", weights: list[nn.Parameter]
     ) -> list[tuple[Place, list[nn.Parameter]]]:
         """Return where those of ``weights`` go that are in no optimizer yet."""
         homes = {
@@ -171,6 +200,12 @@ class Enrollment:
                 return homes[id((alike or own)[0])]
         first = self.attachments[0]
         return first, first.optimizer.param_groups[0]
+
+
+def _names(layer: "KasminaLayer", seat: Seat, weights: list[nn.Parameter]) -> list[str]:
+    names = {id(weight): name for name, weight in seat.named_parameters()}
+    prefix = f"{layer.name}." * bool(layer.name) + f"{SEATS}.{seat.seed_idx}."
+    return [prefix + names[id(weight)] for weight in weights]
 
 
 def _by_nearness(

@@ -45,13 +45,12 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
     alone: list[Seat] = []
     for _, same in groupby(sorted(seats, key=_place), key=_artifact):
         group = list(same)
-        program = group[0].kernel.program
         if not all(_has_plain_weights(seat) for seat in group):
             alone += group
-        elif program.bottleneck is not None:
-            together.append(Bottlenecks(group, program.bottleneck))
-        elif program.channelwise is not None and len(group) > 1:
-            together.append(SideBySide(group, program.channelwise))
+        elif group[0].bottleneck is not None:
+            together.append(Bottlenecks(group, group[0].bottleneck))
+        elif group[0].channelwise is not None and len(group) > 1:
+            together.append(SideBySide(group, group[0].channelwise))
         else:
             alone += group
     return [*together, Individuals(alone)] if alone else together

@@ -363,7 +363,7 @@ class Kasmina:
         tenancy = Tenancy(layer, seed_idx, kernel.artifact_id, alpha=alpha)
         self._admit(tenancy, "from a state_dict")
         layer.await_kernel(seed_idx)
-        layer.graft_new(seed_idx, kernel, None, alpha)
+        layer.graft_new(layer.make_seat(seed_idx, kernel, layer.make_room()), None, alpha)
         tenancy.answer(True)
         if state >= SeedState.STABILIZATION:
             layer.stabilize(seed_idx, alpha)
@@ -379,11 +379,7 @@ class Kasmina:
         if device.type != "meta":
             self.bank.move_to(device)
         for layer in self.layers.values():
-            for seat in layer.occupants():
-                seat.cells.refresh()
-                if seat.isolated:  # the others are in the module tree
-                    seat._apply(move)  # type: ignore[no-untyped-call]
-            layer.rearrange()
+            layer.follow(move)
 
     def isolated_seats(self) -> list[Seat]:
         seats = [seat for layer in self.layers.values() for seat in layer.occupants()]

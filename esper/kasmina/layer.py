@@ -7,7 +7,8 @@ steps, unless they say otherwise.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,14 @@ class SeedSlice:
         return float(self.bank.mirror[field][self.first + seed_idx])
 
 
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """What the seats of a layer share; ``seats`` are on the layer while one of them is occupied."""
+
+    cells: SeedCells
+    seats: Seats
+
+
 class KasminaLayer:
     """Seeds of one host layer.
 
@@ -92,6 +101,7 @@ class KasminaLayer:
         self.observer = Observer(self)
         self._shown_dtype = torch.get_default_dtype()
         self.num_seeds = self._seeds_that_fit(kasmina.settings.seeds_per_layer)
+        self._room: _Room | None = None  # until a seed is to be occupied
 
     @property
     def state_layout(self) -> SeedSlice:
@@ -185,11 +195,10 @@ class KasminaLayer:
 
     # ------------------------------------------------------------------ the verbs of a life
 
-    def train(self, seed_idx: int, kernel: Kernel) -> None:
-        """LOADING > TRAINING: seat the kernel; it learns, the host does not hear it."""
-        self._move(seed_idx, SeedState.TRAINING, "kernel loaded", kernel.artifact_id)
-        seat = self._occupy(seed_idx, kernel)
-        self._seats().isolate(seat)
+    def train(self, seat: Seat) -> None:
+        """LOADING > TRAINING: a prepared seat is taken; it learns, the host does not hear it."""
+        self._move(seat.seed_idx, SeedState.TRAINING, "kernel loaded", seat.kernel.artifact_id)
+        self._occupy(seat).isolate(seat)
 
     def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
         """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
@@ -199,15 +208,13 @@ class KasminaLayer:
         self._seats().admit(self._seat(seed_idx))
         self._ramp(seed_idx, strategy)
 
-    def graft_new(
-        self, seed_idx: int, kernel: Kernel, strategy: GraftingStrategy | None, alpha: float
-    ) -> None:
+    def graft_new(self, seat: Seat, strategy: GraftingStrategy | None, alpha: float) -> None:
         """LOADING > GRAFTING: for fixed functions (with a ramp), and by hand (a fixed alpha)."""
+        seed_idx = seat.seed_idx
         self._check_state(seed_idx, SeedState.LOADING, SeedState.GRAFTING)
         check_alpha(alpha if strategy is None else strategy.alpha_target, self.seed_name(seed_idx))
-        self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", kernel.artifact_id)
-        seat = self._occupy(seed_idx, kernel)
-        self._seats().admit(seat)
+        self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", seat.kernel.artifact_id)
+        self._occupy(seat).admit(seat)
         if strategy is None:
             self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
         else:
@@ -376,12 +383,13 @@ class KasminaLayer:
         )
 
     def _restore_seat(self, saved: SeatRecord, kernel: Kernel) -> None:
-        seat = self._place(saved.seed_idx, kernel)
+        seat = self.make_seat(saved.seed_idx, kernel, self.make_room())
         seat.bypassed, seat.failure = saved.bypassed, saved.failure
         seat.learns = self.state(saved.seed_idx) in LEARNING
         for name, parameter in kernel.named_parameters():
             parameter.requires_grad_(name not in saved.frozen)
-        (self._seats().isolate if saved.isolated else self._seats().admit)(seat)
+        seats = self._place(seat)
+        (seats.isolate if saved.isolated else seats.admit)(seat)
         self.kasmina.count_in(seat)
 
     # ------------------------------------------------------------------ observation
@@ -431,38 +439,53 @@ class KasminaLayer:
         assert seat is not None
         return seat
 
-    def _occupy(self, seed_idx: int, kernel: Kernel) -> Seat:
-        """Make a seat for the kernel, and tell everybody but the module tree."""
-        seat = self._place(seed_idx, kernel)
-        bank, index = self.kasmina.bank, self.first_seed + seed_idx
-        bank.write("active_kernel_id", index, int(kernel.artifact_id[:15], 16))
+    def _occupy(self, seat: Seat) -> Seats:
+        """Tell everybody but the module tree of a seat that is about to join the layer's."""
+        seats = self._place(seat)
+        bank, index = self.kasmina.bank, self.first_seed + seat.seed_idx
+        bank.write("active_kernel_id", index, int(seat.kernel.artifact_id[:15], 16))
         bank.write("error_count", index, 0)
         bank.write("fault", index, 0)
         self.kasmina.seat_taken(self, seat)
-        return seat
+        return seats
 
-    def _place(self, seed_idx: int, kernel: Kernel) -> Seat:
-        """Make a seat for the kernel on a layer that is ready to let it speak."""
-        seat = self.make_seat(seed_idx, kernel, self._cells())
-        if seats_of(self.default_transform) is None:
-            self.default_transform.add_module(SEATS, Seats())
+    def _place(self, seat: Seat) -> Seats:
+        """Return the seats of a layer that is ready to let ``seat`` speak among them."""
+        if seat.training is not self.default_transform.training:
+            seat.train(self.default_transform.training)
+        seats = seats_of(self.default_transform)
+        if seats is None:
+            assert self._room is not None
+            seats = self._room.seats
+            seats.training = self.default_transform.training
+            self.default_transform._modules[SEATS] = seats
         self.rest()
-        return seat
+        return seats
 
     def make_seat(self, seed_idx: int, kernel: Kernel, cells: SeedCells) -> Seat:
-        """Return a seat for the kernel, in nobody's place yet."""
+        """Return a seat for the kernel, in nobody's place yet; ``cells`` are the layer's. Any thread."""
         chunk = Chunk(self.kind.channel_dim, self._known_shapes().channels, *self.chunk(seed_idx))
-        seat = Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
-        seat.train(self.default_transform.training)
-        return seat
+        return Seat(self.seed_name(seed_idx), seed_idx, kernel, cells, chunk)
 
-    def _cells(self) -> SeedCells:
-        """Return the cells of the layer, the same for all seats: a compiler that sees two tensors
-        with the same memory, of which one is written to, gives up."""
-        occupants = self.occupants()
-        if occupants:
-            return occupants[0].cells
-        return SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
+    def make_room(self) -> SeedCells:
+        """Make what the first seat needs before it can be prepared, and return the cells.
+
+        They are the same for all seats: a compiler that sees two tensors with the same memory, of
+        which one is written to, gives up.
+        """
+        if self._room is None:
+            cells = SeedCells(self.kasmina.bank, self.first_seed, self.num_seeds)
+            self._room = _Room(cells, Seats())
+        return self._room.cells
+
+    def follow(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Go where the model goes: ``move`` is what it applies to its tensors."""
+        if self._room is not None:
+            self._room.cells.refresh()
+        for seat in self.occupants():
+            if seat.isolated:  # the others are in the module tree
+                seat._apply(move)  # type: ignore[no-untyped-call]
+        self.rearrange()
 
     def _vacate(self, seed_idx: int) -> None:
         self.kasmina.bank.clear(self.first_seed + seed_idx)

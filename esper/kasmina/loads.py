@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from esper.contracts import SeedState
 from esper.errors import EsperError
+from esper.kasmina.bank import SeedCells
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource, compute_alone
+from esper.kasmina.seat import Seat
 from esper.kasmina.tenancy import Tenancy
 
 if TYPE_CHECKING:
@@ -57,18 +59,26 @@ class Loads:
             if prepared.done():
                 self.settle(tenancy)
 
-    def prepare(self, tenancy: Tenancy) -> "Future[Kernel]":
-        """GERMINATED > LOADING: have the kernel prepared in the background."""
+    def prepare(self, tenancy: Tenancy) -> "Future[Seat]":
+        """GERMINATED > LOADING: have a seat with the kernel prepared in the background."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
                 _THREADS, thread_name_prefix="esper-loader", initializer=compute_alone
             )
         if tenancy.layer.state(tenancy.seed_idx) is SeedState.GERMINATED:
             tenancy.layer.await_kernel(tenancy.seed_idx)
-        tenancy.prepared = self._executor.submit(
-            self.load, tenancy.layer, tenancy.seed_idx, tenancy.artifact_id
-        )
+        tenancy.prepared = self._executor.submit(self._prepare, tenancy, tenancy.layer.make_room())
         return tenancy.prepared
+
+    def _prepare(self, tenancy: Tenancy, cells: SeedCells) -> Seat:
+        """Do all that can be done before the step that seats the kernel. Loading thread."""
+        layer, seed_idx = tenancy.layer, tenancy.seed_idx
+        kernel = self.load(layer, seed_idx, tenancy.artifact_id)
+        # The training thread asks again, and is told at once.
+        with contextlib.suppress(EsperError):
+            self._kasmina.enrollment.check(layer, kernel)
+        seat = layer.make_seat(seed_idx, kernel, cells)
+        return seat.train(layer.default_transform.training)
 
     def load(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
         """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`. Any thread."""
@@ -81,11 +91,7 @@ class Loads:
                 "move the wrapped model as a whole"
             )
         site = layer.site(seed_idx)
-        kernel = self._loader.prepare(artifact_id, site, layer.dtype, layer.device)
-        # A millisecond that the training thread is spared: it asks again, and is told at once.
-        with contextlib.suppress(EsperError):
-            self._kasmina.enrollment.check(layer, kernel)
-        return kernel
+        return self._loader.prepare(artifact_id, site, layer.dtype, layer.device)
 
     def settle(self, tenancy: Tenancy) -> None:
         """LOADING > TRAINING, GRAFTING or CULLED, by what came of the preparation."""
@@ -98,14 +104,14 @@ class Loads:
         assert prepared is not None
         if prepared.cancelled() or tenancy.settled.done():
             return EsperError("the load was given up")
-        return prepared.exception() or self._misfit(tenancy, prepared.result())
+        return prepared.exception() or self._misfit(tenancy.layer, prepared.result())
 
     def conclude(self, tenancy: Tenancy, error: BaseException | None) -> None:
         """LOADING > TRAINING or GRAFTING with the prepared kernel, or > CULLED for an error."""
         prepared, tenancy.prepared, tenancy.fits = tenancy.prepared, None, False
         assert prepared is not None
         if error is None:
-            _seat(tenancy, prepared.result())
+            _take(tenancy, prepared.result())
         else:
             tenancy.layer.reject_kernel(tenancy.seed_idx, error)
         tenancy.answer(error is None)
@@ -116,23 +122,22 @@ class Loads:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
-    def _misfit(self, tenancy: Tenancy, kernel: Kernel) -> EsperError | None:
-        """Return what layer or optimizers have against the kernel, if they do."""
-        layer = tenancy.layer
+    def _misfit(self, layer: KasminaLayer, seat: Seat) -> EsperError | None:
+        """Return what layer or optimizers have against the seat, if they do."""
         if "forward" in layer.default_transform.__dict__:
             return EsperError(
                 f"layer '{layer.name}' has a forward of its own on the instance, which an active "
                 "class cannot reach"
             )
         try:
-            self._kasmina.enrollment.check(layer, kernel)
+            self._kasmina.enrollment.check(layer, seat.kernel)
         except EsperError as error:
             return error
         return None
 
 
-def _seat(tenancy: Tenancy, kernel: Kernel) -> None:
-    if tenancy.strategy is not None and kernel.weights():
-        tenancy.layer.train(tenancy.seed_idx, kernel)
+def _take(tenancy: Tenancy, seat: Seat) -> None:
+    if tenancy.strategy is not None and seat.kernel.weights():
+        tenancy.layer.train(seat)
     else:
-        tenancy.layer.graft_new(tenancy.seed_idx, kernel, tenancy.strategy, tenancy.alpha)
+        tenancy.layer.graft_new(seat, tenancy.strategy, tenancy.alpha)

@@ -46,7 +46,7 @@ def lend_class(module: nn.Module) -> None:
         needed = active_class(needed)
     module.__dict__.pop(OBSERVER, None)
     if type(module) is not needed:
-        module.__class__ = needed
+        _exchange(module, "__class__", needed)
 
 
 def watch(modules: Iterable[nn.Module], observers: Iterable[Any]) -> None:

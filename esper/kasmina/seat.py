@@ -51,6 +51,8 @@ class Seat(nn.Module):
         self.bypassed = False  # for good, after an error in a FOSSILIZED seed
         self.failure: str | None = None
         # Read here, as compilers cannot trace the properties that cache them.
+        self.bottleneck = kernel.program.bottleneck
+        self.channelwise = kernel.program.channelwise
         self._stochastic = kernel.stochastic
         self._keeps_act = kernel.keeps_act
         self._rank = len(kernel.manifest.site.act_shape)

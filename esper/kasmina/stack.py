@@ -37,9 +37,10 @@ def stacked(kinds: Sequence[Sequence[nn.Parameter]]) -> Stack | None:
 
 def apart(parameters: Sequence[nn.Parameter]) -> None:
     """Give parameters that were stacked memory of their own again, so that the stack can be freed."""
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in parameters:
-            if _is_in_a_stack(parameter):
+    moved = [parameter for parameter in parameters if _is_in_a_stack(parameter)]
+    if moved:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in moved:
                 parameter.data = parameter.detach().clone()
 
 
