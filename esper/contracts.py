@@ -91,6 +91,11 @@ class Confidence(StrEnum):
     SPECULATIVE = "Speculative"
 
 
+class RiskSource(StrEnum):
+    RULES = "rules"
+    MODEL = "model"
+
+
 class Topic(StrEnum):
     SEED_HEALTH = "telemetry.seed.health"
     KASMINA_COMMANDS = "control.kasmina.commands"
@@ -224,7 +229,7 @@ class BlueprintRecord(Contract):
     status: BlueprintStatus
     log: str = ""  # of the last change of status
     tamiyo_interest: float = Field(default=0.0, ge=0)  # how much the controller wants it
-    urabrask_interest: float = Field(default=0.0, ge=0)  # how much the evaluator wants it made anew
+    urabrask_interest: float = Field(default=0.0, ge=0)  # how unusual the evaluator found it
     lease_owner: str | None = None  # the forge that is compiling it
     lease_expires_at: float | None = None  # seconds since the Unix epoch
 
@@ -419,6 +424,28 @@ class Measurement(Contract):
         None
     )  # of the ratio to eager over blocks of rounds, by its median
     memory_bytes: int  # largest amount allocated at once during forward and backward
+    power_w: float | None = _later(None)  # of the whole GPU while it trains batch after batch
+    energy_per_sample_mj: float | None = _later(None)  # forward and backward, of the whole GPU
+
+
+class RiskComparison(Contract):
+    """The learned risk model against the rules, on outcomes that neither of them was fitted to."""
+
+    num_outcomes: int
+    num_blueprints: int
+    rules_log_loss: float  # mean, in nats, as the next
+    model_log_loss: float
+    standard_error: float = Field(ge=0)  # of the difference, by blueprint
+
+    @property
+    def advantage(self) -> float:
+        """How much less the model loses."""
+        return self.rules_log_loss - self.model_log_loss
+
+    @property
+    def model_wins(self) -> bool:
+        """Whether the model is better with a confidence of 95 percent, one-sided."""
+        return self.advantage > 1.645 * self.standard_error
 
 
 class UrabraskValidationReport(Contract):
@@ -431,12 +458,21 @@ class UrabraskValidationReport(Contract):
     max_relative_error: float | None = None  # against float64, forward and gradients
     tags: tuple[str, ...] = ()
     risk_score: float = Field(default=1.0, ge=0, le=1)
-    risk_components: dict[str, float] = _later({})  # what the score is the sum of
+    risk_components: dict[str, float] = _later({})  # by the rules, whose score is their sum
+    risk_by: RiskSource = _later(RiskSource.RULES)
+    risk_reason: str = _later("")  # why by them, or by it
+    risk_comparison: RiskComparison | None = _later(None)  # the last one, where there was any
     confidence: Confidence = Confidence.SPECULATIVE
+    urabrask_interest: float = _later(0.0)  # in [0, 1], how unusual it is
     machine: str
     torch_version: str
     sandbox: str = _later("")  # what held the candidate; empty if none was started
     hidden_seed: int | None = _later(None)  # that the hidden cases were drawn from
+
+    @property
+    def conf_level(self) -> Confidence:
+        """The name by which the original design knows the confidence."""
+        return self.confidence
 
 
 # ------------------------------------------------------------------------------------ messages

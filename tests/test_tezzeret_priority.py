@@ -1,5 +1,7 @@
 """What is made anew, and when: pure decisions."""
 
+from typing import Any
+
 import pytest
 
 from esper.config import ForgeSettings
@@ -66,9 +68,17 @@ def test_only_pipelines_that_are_there_are_chosen() -> None:
     assert chosen(wanted, available=()) == []
 
 
-def test_reasons_are_told() -> None:
-    [wish] = recompilations([prospect("a", FAST, tamiyo=2.5)], Pipeline, SETTINGS)
-    assert wish.reason == "the controller's interest is 2.5"
+@pytest.mark.parametrize(
+    ("why", "reason"),
+    [
+        ({"tamiyo": 2.5}, "the controller's interest is 2.5"),
+        ({"urabrask": 0.5}, "the evaluator's interest is 0.5"),
+        ({"urabrask": 0.5, "rejected": True}, "its kernels failed their validation"),
+    ],
+)
+def test_reasons_are_told(why: dict[str, Any], reason: str) -> None:
+    [wish] = recompilations([prospect("a", FAST, **why)], Pipeline, SETTINGS)
+    assert wish.reason == reason
 
 
 @pytest.mark.parametrize(

@@ -139,15 +139,15 @@ async def test_a_lease_lost_during_an_evaluation_ends_it_quietly(
         await asyncio.Event().wait()
 
     urabrask = Urabrask(urza, settings=settings)
-    monkeypatch.setattr(urabrask._worker, "call", hang)
+    monkeypatch.setattr(urabrask._process, "call", hang)
     running = asyncio.create_task(urabrask.run())
     await stuck.wait()
-    urza.release_kernel(artifact_id, urabrask.owner)
+    urza.release_kernel(artifact_id, urabrask.worker.owner)
     terms = {"device": "cpu", "torch_version": torch_release()}
     assert urza.claim_kernel("heir", 3600.0, **terms) == artifact_id
     caplog.set_level("INFO", logger="esper.urabrask")
     await running
-    assert f"is leased to heir, not to {urabrask.owner}" in caplog.text
+    assert f"is leased to heir, not to {urabrask.worker.owner}" in caplog.text
     assert urza.kernel(artifact_id).status is KernelStatus.PENDING_BENCHMARKING
 
 
@@ -162,7 +162,7 @@ async def test_a_cancelled_evaluation_gives_the_kernel_back(
         stuck.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(urabrask._worker, "call", hang)
+    monkeypatch.setattr(urabrask._process, "call", hang)
     running = asyncio.create_task(urabrask.run())
     await stuck.wait()
     assert urza.forge_status().evaluating_kernels == 1
@@ -182,7 +182,7 @@ async def test_what_cannot_be_judged_is_left_to_its_lease(
     async def fail(*args: object, **kwargs: object) -> None:
         raise WorkerError("no answer within 60 s")
 
-    monkeypatch.setattr(urabrask._worker, "call", fail)
+    monkeypatch.setattr(urabrask._process, "call", fail)
     await urabrask.run()
     assert caplog.text.count("was not evaluated: no answer within 60 s") == 1
     status = urza.forge_status()

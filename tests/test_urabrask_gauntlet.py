@@ -79,7 +79,6 @@ def test_honest_kernel_passes_every_check(sandbox: Sandbox, dtype: str) -> None:
     assert report.artifact_id == specimen[0].artifact_id
     assert report.tags[0] == "residual_mlp"
     assert "numerically_stable" in report.tags
-    assert 0 < report.risk_score < 0.5
     halves = dtype in ("float16", "bfloat16")
     assert report.confidence is (Confidence.MODERATE if halves else Confidence.HIGH)
 
@@ -95,7 +94,7 @@ def test_measures_latency_and_memory(sandbox: Sandbox) -> None:
     assert measured.memory_bytes >= 32 * (2 * 8 + 4) * 4
 
 
-def test_same_verdict_and_risk_when_evaluated_again(sandbox: Sandbox) -> None:
+def test_same_verdict_when_evaluated_again(sandbox: Sandbox) -> None:
     specimen = residual_mlp()
     assert without_chance(examine(sandbox, specimen)) == without_chance(examine(sandbox, specimen))
 
@@ -145,7 +144,6 @@ def test_says_what_held_the_candidate_and_what_was_hidden(sandbox: Sandbox) -> N
     first, second = (examine(sandbox, residual_mlp()) for _ in range(2))
     assert first.sandbox.startswith("rlimits, seccomp")
     assert first.hidden_seed != second.hidden_seed
-    assert sum(first.risk_components.values()) == pytest.approx(first.risk_score, abs=0.01)
 
 
 def test_a_reference_whose_gradients_are_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""Tags, risk and confidence follow fixed rules."""
+"""Tags follow fixed rules."""
 
 import pytest
 from urabrask_artifacts import residual_mlp
 
-from esper.contracts import Confidence, KernelManifest, Measurement, Pipeline
+from esper.contracts import Measurement
 from esper.urabrask import tags
 
 MANIFEST, _ = residual_mlp()
@@ -32,30 +32,6 @@ def measurement(speedup: float, memory_bytes: int) -> Measurement:
 def test_tags(speedup: float, memory_bytes: int, error: float, expected: tuple[str, ...]) -> None:
     found = tags.tags(MANIFEST, measurement(speedup, memory_bytes), error, given_bytes=100)
     assert found == ("residual_mlp", *expected)
-
-
-def risk(manifest: KernelManifest, relative_error: float) -> float:
-    return tags.risk_score(tags.risk_components(manifest, relative_error))
-
-
-def test_risk_of_known_kernels() -> None:
-    nothing = MANIFEST.model_copy(update={"num_parameters": 0})
-    assert risk(nothing, 0.0) == 0.0
-    assert risk(nothing, 1.0) == 0.5
-    # Half of the logarithmic way from one rounding to a relative error of 1.
-    assert risk(nothing, 2.0**-12) == 0.25
-    largest = nothing.model_copy(update={"num_parameters": 10_000_000})
-    assert risk(largest, 0.0) == 0.3
-    assert risk(largest.model_copy(update={"pipeline": Pipeline.STANDARD}), 0.0) == 0.4
-    worst = largest.model_copy(update={"pipeline": Pipeline.AGGRESSIVE, "num_parameters": 10**9})
-    assert risk(worst, 100.0) == 1.0
-
-
-def test_confidence() -> None:
-    half = MANIFEST.model_copy(update={"dtype": "bfloat16"})
-    assert tags.confidence(MANIFEST, random_training=False) is Confidence.HIGH
-    assert tags.confidence(MANIFEST, random_training=True) is Confidence.MODERATE
-    assert tags.confidence(half, random_training=False) is Confidence.MODERATE
 
 
 @pytest.mark.parametrize(

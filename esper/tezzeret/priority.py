@@ -62,14 +62,19 @@ def _wishes(
     prospect: RecompilationProspect, settings: ForgeSettings
 ) -> tuple[tuple[Pipeline, bool, str], ...]:
     """Return pipelines, whether they are wanted and why, the most worthwhile first."""
-    interest = prospect.tamiyo_interest
-    failed = prospect.rejected or prospect.urabrask_interest > 0
+    interest, unusual = prospect.tamiyo_interest, prospect.urabrask_interest
     return (
         (
             Pipeline.AGGRESSIVE,
             interest >= settings.aggressive_interest,
             f"the controller's interest is {interest:g}",
         ),
-        (Pipeline.STANDARD, failed, "its kernels failed their validation"),
+        (
+            Pipeline.STANDARD,
+            prospect.rejected or unusual > 0,
+            "its kernels failed their validation"
+            if prospect.rejected
+            else f"the evaluator's interest is {unusual:g}",
+        ),
         (Pipeline.FAST, True, "there is none for this device and release of torch"),
     )

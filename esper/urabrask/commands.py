@@ -19,10 +19,13 @@ from rich.console import Console
 from esper.config import EvaluatorSettings
 from esper.contracts import KernelManifest, KernelStatus, UrabraskValidationReport
 from esper.errors import ArtifactError, EsperError
+from esper.urabrask import risk
 from esper.urabrask.evaluator import Urabrask
 from esper.urabrask.gauntlet import Gauntlet
 from esper.urabrask.presentation import show
+from esper.urabrask.risk import Experience
 from esper.urabrask.sandbox import Sandbox
+from esper.urabrask.turn import device_to_itself
 from esper.urza import connect
 
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -60,15 +63,25 @@ def _evaluate(options: argparse.Namespace) -> UrabraskValidationReport:
     if _ID.fullmatch(options.kernel):
         return asyncio.run(_evaluate_in_library(options.kernel, options.library))
     manifest, files = read_artifact(Path(options.kernel))
-    settings = EvaluatorSettings()
-    with Sandbox(settings) as sandbox:
-        return Gauntlet(settings, sandbox).run(manifest, files)
+    return asyncio.run(_evaluate_alone(manifest, files))
 
 
 async def _evaluate_in_library(artifact_id: str, place: str | None) -> UrabraskValidationReport:
     with closing(connect(place)) as urza:
-        async with Urabrask(urza) as urabrask:
+        device = urza.kernel(artifact_id).manifest.device
+        async with device_to_itself(device), Urabrask(urza, device=device) as urabrask:
             return await urabrask.evaluate(artifact_id)
+
+
+async def _evaluate_alone(
+    manifest: KernelManifest, files: dict[str, bytes]
+) -> UrabraskValidationReport:
+    settings = EvaluatorSettings()
+    async with device_to_itself(manifest.device):
+        with Sandbox(settings) as sandbox:
+            report = Gauntlet(settings, sandbox).run(manifest, files)
+    reason = {"risk_reason": "without a library there is nothing to learn from"}
+    return risk.assessed(report, manifest, Experience()).model_copy(update=reason)
 
 
 def read_artifact(folder: Path) -> tuple[KernelManifest, dict[str, bytes]]:

@@ -14,7 +14,7 @@ from esper.contracts import Confidence, KernelManifest, KernelStatus, UrabraskVa
 from esper.errors import ArtifactError, ArtifactMismatchError
 from esper.kasmina.native import mismatch
 from esper.trust import verify_files
-from esper.urabrask import tags
+from esper.urabrask import risk, tags
 from esper.urabrask.examination import Examination, Findings
 from esper.urabrask.judge import TOLERANCES
 from esper.urabrask.ledger import Ledger, RejectedError, passed
@@ -42,6 +42,8 @@ class Gauntlet:
 
     def run(self, manifest: KernelManifest, files: dict[str, bytes]) -> UrabraskValidationReport:
         """Return the verdict; its numbers, but those that follow the clock, are always the same.
+
+        The risk is not judged yet: that takes what is known of other kernels.
 
         Raises ``ArtifactIntegrityError`` if the files are not those of the manifest, and
         ``ArtifactMismatchError`` if only another machine could tell: neither says anything about
@@ -120,8 +122,7 @@ def _passed(
     manifest: KernelManifest, ledger: Ledger, findings: Findings
 ) -> UrabraskValidationReport:
     relative_error = ledger.largest("relative_error")
-    risk = tags.risk_components(manifest, relative_error)
-    confidence = tags.confidence(manifest, findings.random_training)
+    reach = risk.reach(manifest, findings.random_training)
     return UrabraskValidationReport(
         artifact_id=manifest.artifact_id,
         status=KernelStatus.VALIDATED if findings.decided else KernelStatus.UNDECIDED,
@@ -129,9 +130,7 @@ def _passed(
         measurement=findings.measurement,
         max_relative_error=relative_error,
         tags=tags.tags(manifest, findings.measurement, relative_error, findings.given_bytes),
-        risk_score=tags.risk_score(risk),
-        risk_components=risk,
-        confidence=confidence if findings.decided else Confidence.SPECULATIVE,
+        confidence=reach if findings.decided else Confidence.SPECULATIVE,
         machine=findings.device_name,
         torch_version=torch.__version__,
     )

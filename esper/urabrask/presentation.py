@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper.contracts import Check, KernelStatus, Measurement, UrabraskValidationReport
+from esper.contracts import Check, KernelStatus, Measurement, RiskSource, UrabraskValidationReport
 
 _COLOURS = {
     KernelStatus.VALIDATED: "green",
@@ -68,19 +68,31 @@ def _summary(report: UrabraskValidationReport) -> Iterator[tuple[str, str]]:
             yield "throughput", f"{measured.samples_per_s:,.0f} samples/s, forward and backward"
         if measured.spread is not None:
             yield "spread", f"{measured.spread:.1%} of the ratio to eager"
+        if measured.power_w is not None:
+            yield "power", f"{measured.power_w:.0f} W, {measured.energy_per_sample_mj:.3g} mJ/sample"
         yield "peak memory", f"{measured.memory_bytes:,} bytes"
     if report.max_relative_error is not None:
         yield "drift", f"{report.max_relative_error:.1e} of the norm against float64"
     if report.tags:
         yield "tags", ", ".join(report.tags)
-    parts = ", ".join(f"{name} {part:g}" for name, part in report.risk_components.items())
-    yield "risk", f"{report.risk_score:g}" + (f" ({parts})" if parts else "")
-    yield "confidence", report.confidence.value
+    yield from _judgement(report)
     yield "machine", f"{report.machine}, torch {report.torch_version}"
     if report.sandbox:
         yield "sandbox", report.sandbox
     if report.hidden_seed is not None:
         yield "hidden seed", str(report.hidden_seed)
+
+
+def _judgement(report: UrabraskValidationReport) -> Iterator[tuple[str, str]]:
+    yield "risk", f"{report.risk_score:g} by the {report.risk_by.value}"
+    if report.risk_reason:
+        yield "why by them" if report.risk_by is RiskSource.RULES else "why by it", report.risk_reason
+    if parts := report.risk_components:
+        listed = ", ".join(f"{name} {part:.3f}" for name, part in parts.items())
+        yield "risk by the rules", f"{sum(parts.values()):.2f} ({listed})"
+    yield "confidence", report.confidence.value
+    if report.urabrask_interest:
+        yield "interest", f"{report.urabrask_interest:g}: it is unlike its peers"
 
 
 def _microseconds(value: float | None) -> str:

@@ -1,13 +1,12 @@
-"""From measurements to tags, risk and confidence, by rules.
+"""From measurements to tags, by rules.
 
-Speed tags follow the clock and may differ between two evaluations. The verdict, the risk score
-(by which the library ranks) and the confidence do not: they follow from what is deterministic.
+Speed tags follow the clock and may differ between two evaluations.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from esper.contracts import Confidence, KernelManifest, Measurement, Pipeline
+from esper.contracts import KernelManifest, Measurement
+from esper.urabrask.risk import ROUNDING
 
 HIGH_SPEED = 1.1  # times eager; the least for which a compiled variant is worth its trouble
 MEDIUM_SPEED = 0.9
@@ -15,13 +14,8 @@ LOW_MEMORY = 2.0  # times the bytes of inp, act and the parameters
 HIGH_MEMORY = 4.0
 ENOUGH_PEERS = 20
 
-# Largest relative error of one rounding.
-_ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Up to so many of them a kernel is called stable; the halves keep their sums in float32.
+# Up to so many roundings a kernel is called stable; the halves keep their sums in float32.
 _STABLE_ROUNDINGS = {"float64": 32, "float32": 32, "float16": 4, "bfloat16": 4}
-
-_LARGEST_PARAMETERS = 10_000_000
-_COMPLEXITY = {Pipeline.FAST: 0.0, Pipeline.STANDARD: 0.5, Pipeline.AGGRESSIVE: 1.0}
 
 
 def tags(
@@ -74,40 +68,5 @@ def among_peers(
 
 
 def stability_tag(dtype: str, relative_error: float) -> str | None:
-    stable = relative_error <= _STABLE_ROUNDINGS[dtype] * _ROUNDING[dtype]
+    stable = relative_error <= _STABLE_ROUNDINGS[dtype] * ROUNDING[dtype]
     return "numerically_stable" if stable else None
-
-
-def risk_score(components: Mapping[str, float]) -> float:
-    """Return how much could go wrong with a validated kernel, in [0, 1], to two decimals."""
-    return round(sum(components.values()), 2)
-
-
-def risk_components(manifest: KernelManifest, relative_error: float) -> dict[str, float]:
-    """Return what the risk is the sum of: ``error``, ``size`` and ``complexity``.
-
-    Up to 0.5, 0.3 and 0.2: the logarithm of the relative
-    error between one rounding (0) and 1 (1); the logarithm of the number of parameters, up to ten
-    million; and 0, 0.5 or 1 for the pipelines FAST, STANDARD and AGGRESSIVE, the last two of
-    which run machine code of their own. A rejected kernel has risk 1.
-    """
-    least = _ROUNDING[manifest.dtype]
-    error = math.log(max(relative_error, least) / least) / math.log(1 / least)
-    size = math.log1p(manifest.num_parameters) / math.log1p(_LARGEST_PARAMETERS)
-    complexity = _COMPLEXITY[manifest.pipeline]
-    return {
-        "error": 0.5 * min(error, 1.0),
-        "size": 0.3 * min(size, 1.0),
-        "complexity": 0.2 * complexity,
-    }
-
-
-def confidence(manifest: KernelManifest, random_training: bool) -> Confidence:
-    """Return how far a positive verdict reaches.
-
-    HIGH: every output and gradient, in training and evaluation, was compared at a precision that
-    shows an error of 1 percent in any element. MODERATE: training is random (dropout) and could
-    only be checked for shape and finiteness, or the dtype is a half precision.
-    """
-    exact = manifest.dtype in ("float32", "float64") and not random_training
-    return Confidence.HIGH if exact else Confidence.MODERATE

@@ -1,0 +1,82 @@
+"""What the evaluator makes of a library's other kernels and of what became of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from urza_samples import field_report, judge, manifest, publish
+
+from esper.contracts import Outcome
+from esper.urabrask.chronicle import Chronicle
+from esper.urabrask.risk import WEIGHTS, Experience
+from esper.urza import Urza
+
+COMPONENTS = {"drift": 0.1, "novelty": 0.05}
+
+
+@pytest.fixture
+def urza(tmp_path: Path) -> Urza:
+    return Urza(tmp_path)
+
+
+def known(urza: Urza, name: str = "low_rank", **changes: Any) -> str:
+    artifact_id = publish(urza, name, **changes)
+    judge(urza, artifact_id, risk_components=COMPONENTS)
+    return artifact_id
+
+
+def ended(urza: Urza, artifact_id: str, name: str, outcome: Outcome, epoch: int = 9) -> None:
+    report = field_report(artifact_id, name, outcome=outcome, ended_epoch=epoch)
+    urza.record_field_report(report)
+
+
+def test_peers_are_other_kernels_for_the_same_site_dtype_and_device(urza: Urza) -> None:
+    own = manifest("own")
+    peers = [known(urza, "gated"), known(urza, "low_rank")]
+    known(urza, "own")
+    known(urza, "elsewhere", device="cuda")
+    publish(urza, "unjudged")
+    found = Chronicle(urza).peers(own)
+    assert {peer.report.artifact_id for peer in found} == set(peers)
+    assert Chronicle(urza).experience(manifest("gated"), found) == Experience(kernels=1)
+
+
+def test_a_new_verdict_on_a_peer_is_noticed(urza: Urza) -> None:
+    chronicle, own = Chronicle(urza), manifest("own")
+    peer = known(urza, "gated")
+    assert chronicle.peers(own)[0].report.risk_score == 0.25
+    judge(urza, peer, risk_components=COMPONENTS, risk_score=0.75)
+    assert chronicle.peers(own)[0].report.risk_score == 0.75
+
+
+def test_experience_is_that_with_the_design(urza: Urza) -> None:
+    chronicle = Chronicle(urza)
+    gated, other = known(urza, "gated"), known(urza, "other")
+    for epoch, outcome in enumerate(Outcome, start=1):
+        ended(urza, gated, "gated", outcome, epoch)
+    ended(urza, other, "other", Outcome.CULLED)
+    chronicle.read_on()
+    assert chronicle.experience(manifest("gated"), []) == Experience(adaptations=4, failures=3)
+    ended(urza, gated, "gated", Outcome.FOSSILIZED, epoch=99)
+    chronicle.read_on()
+    assert chronicle.experience(manifest("gated"), []) == Experience(adaptations=5, failures=3)
+
+
+def test_lessons_say_what_was_known_before_and_what_came_of_it(urza: Urza) -> None:
+    chronicle, gated = Chronicle(urza), known(urza, "gated")
+    old = publish(urza, "of_before_there_were_components")
+    judge(urza, old)
+    ended(urza, old, "of_before_there_were_components", Outcome.CULLED)
+    ended(urza, gated, "gated", Outcome.CANCELLED, epoch=1)
+    ended(urza, gated, "gated", Outcome.CULLED, epoch=2)
+    ended(urza, gated, "gated", Outcome.FOSSILIZED, epoch=3)
+    chronicle.read_on()
+    chronicle.read_on()
+    assert [lesson.failed for lesson in chronicle.lessons] == [True, False]
+    lesson = chronicle.lessons[0]
+    assert lesson.blueprint_id == manifest("gated").blueprint_id
+    assert lesson.risk_by_rules == pytest.approx(0.15)
+    assert lesson.traits.design == "gated"
+    assert lesson.traits.numbers["risk.drift"] == COMPONENTS["drift"]
+    assert lesson.traits.numbers["half_precision"] == 0.0
+    assert set(COMPONENTS) < set(WEIGHTS)

@@ -1,0 +1,166 @@
+"""A model judges the risk where it is proven better than the rules, and nowhere else."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+
+import pytest
+from test_urabrask_risk import MANIFEST, report
+
+from esper.contracts import Confidence, RiskSource
+from esper.errors import WorkerError
+from esper.urabrask import child, learned_risk
+from esper.urabrask.assessor import Assessor
+from esper.urabrask.chronicle import traits
+from esper.urabrask.learned_risk import Lesson, Traits, learn, predict
+from esper.urabrask.risk import Experience, assessed
+from esper.worker import Blobs, Header
+
+xgboost = pytest.importorskip("xgboost")
+
+JUDGED = assessed(report(1e-7), MANIFEST, Experience())
+TRAITS = traits(MANIFEST, JUDGED)
+PER_BLUEPRINT = 5
+LEARNABLE, NOISE, KNOWN_TO_THE_RULES = "learnable", "noise", "known to the rules"
+
+
+def lesson(number: int, chance: random.Random, pattern: str) -> Lesson:
+    """Kernels that are both new and large fail, or those that the rules say, or any."""
+    risk_by_rules, novelty, size = chance.random(), chance.random(), chance.random()
+    likely = {
+        LEARNABLE: 0.9 if (novelty > 0.5) == (size > 0.5) else 0.1,
+        NOISE: 0.7,
+        KNOWN_TO_THE_RULES: risk_by_rules,
+    }[pattern]
+    return Lesson(
+        blueprint_id=hashlib.sha256(b"%d" % (number // PER_BLUEPRINT)).hexdigest(),
+        traits=Traits(
+            design=chance.choice(("low_rank", "gated")),
+            numbers={"novelty": novelty, "size": size, "rules": risk_by_rules},
+        ),
+        risk_by_rules=risk_by_rules,
+        failed=chance.random() < likely,
+    )
+
+
+def lessons(pattern: str, count: int = 300, seed: int = 0) -> list[Lesson]:
+    chance = random.Random(seed)
+    return [lesson(number, chance, pattern) for number in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("pattern", "wins"), [(LEARNABLE, True), (NOISE, False), (KNOWN_TO_THE_RULES, False)]
+)
+def test_the_model_wins_where_there_is_something_to_learn(
+    pattern: str, wins: bool, seed: int
+) -> None:
+    comparison, _ = learn(lessons(pattern, seed=seed))
+    assert comparison.model_wins is wins, comparison
+    assert (comparison.num_outcomes, comparison.num_blueprints) == (300, 60)
+
+
+def test_designs_that_fail_are_learned_of_other_blueprints() -> None:
+    taught = [
+        one.model_copy(update={"failed": one.traits.design == "gated"}) for one in lessons(NOISE)
+    ]
+    comparison, model = learn(taught)
+    assert comparison.model_wins
+    gated, low_rank, unheard_of = (
+        predict(model, Traits(design=design, numbers={})) for design in ("gated", "low_rank", "new")
+    )
+    assert gated > 0.9
+    assert low_rank < 0.1
+    assert 0 <= unheard_of <= 1
+
+
+def test_what_is_known_by_heart_of_a_blueprint_is_no_advantage() -> None:
+    """Each blueprint has a fate of its own, and numbers that give it away to who has seen it."""
+    chance = random.Random(0)
+    fates = [(chance.random(), chance.random() < 0.5) for _ in range(60)]
+    told = []
+    for number, one in enumerate(lessons(NOISE)):
+        mark, failed = fates[number // PER_BLUEPRINT]
+        marked = Traits(design="gated", numbers={"mark": mark})
+        told.append(one.model_copy(update={"traits": marked, "failed": failed}))
+    assert not learn(told)[0].model_wins
+
+
+def test_a_model_is_xgboosts_own_json_and_the_same_each_time() -> None:
+    _, model = learn(lessons(LEARNABLE))
+    assert json.loads(model)["learner"]["objective"]["name"] == "binary:logistic"
+    assert learn(lessons(LEARNABLE))[1] == model
+
+
+def test_few_blueprints_cannot_be_held_out() -> None:
+    few = lessons(LEARNABLE, count=4 * PER_BLUEPRINT)
+    with pytest.raises(ValueError, match="the outcomes are of 4 blueprints, a comparison needs 5"):
+        learn(few)
+
+
+class Worker:
+    """Calls the handlers of the worker process in this one, and counts."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    async def __call__(
+        self, method: str, header: Header, blobs: Mapping[str, bytes]
+    ) -> tuple[Header, Blobs]:
+        self.called.append(method)
+        handler = {"learn_risk": child.learn_risk, "predict_risk": child.predict_risk}[method]
+        answer, answered = handler(json.loads(json.dumps(header)), dict(blobs))
+        return json.loads(json.dumps(answer)), answered
+
+
+async def test_the_model_judges_once_it_is_proven() -> None:
+    worker = Worker()
+    assessor = Assessor(worker)
+    taught = lessons(LEARNABLE, count=320)
+
+    few = await assessor.assessed(JUDGED, TRAITS, taught[:199])
+    assert (few.risk_by, few.risk_comparison) == (RiskSource.RULES, None)
+    assert few.risk_reason == "199 of the 200 outcomes that a model needs are known"
+    assert few.risk_score == JUDGED.risk_score
+    assert worker.called == []
+
+    risky = Traits(design="gated", numbers={"novelty": 0.9, "size": 0.9, "rules": 0.5})
+    proven = await assessor.assessed(JUDGED, risky, taught[:300])
+    assert proven.risk_by is RiskSource.MODEL
+    assert proven.risk_reason.startswith("the model predicts held-out outcomes better")
+    assert proven.risk_comparison is not None
+    assert proven.risk_comparison.model_wins
+    assert proven.risk_score > 0.6
+    assert proven.conf_level is Confidence.MODERATE
+    assert proven.risk_components == JUDGED.risk_components
+
+    await assessor.assessed(JUDGED, risky, taught[:310])
+    assert worker.called == ["learn_risk", "predict_risk", "predict_risk"]
+    await assessor.assessed(JUDGED, risky, taught)
+    assert worker.called[3:] == ["learn_risk", "predict_risk"]
+
+
+async def test_the_rules_judge_where_outcomes_are_noise() -> None:
+    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(NOISE))
+    assert found.risk_by is RiskSource.RULES
+    assert found.risk_reason.startswith("the model does not predict held-out outcomes better")
+    assert found.risk_comparison is not None
+    assert found.risk_score == JUDGED.risk_score
+
+
+async def test_the_rules_judge_without_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_risk, "find_spec", lambda name: None)
+    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(LEARNABLE))
+    assert found.risk_by is RiskSource.RULES
+    assert found.risk_reason.startswith("xgboost is not installed")
+
+
+async def test_the_rules_judge_where_learning_fails(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(*args: object) -> tuple[Header, Blobs]:
+        raise WorkerError("no answer within 60 s")
+
+    found = await Assessor(fail).assessed(JUDGED, TRAITS, lessons(LEARNABLE))
+    assert found.risk_by is RiskSource.RULES
+    assert found.risk_reason == "learning a model failed"
+    assert "no answer within 60 s" in caplog.text
