@@ -263,7 +263,7 @@ def test_fixed_functions_ask_for_no_weights() -> None:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SETTINGS) as sandbox:
+    with Sandbox() as sandbox:
         yield sandbox
 
 

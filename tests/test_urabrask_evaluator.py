@@ -3,22 +3,28 @@
 import asyncio
 import fcntl
 import os
+import platform
 import sys
 import tempfile
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from urabrask_artifacts import ACT, Artifact, artifact, graph, residual_mlp
+from urabrask_lessons import LEARNABLE, lessons, needs_xgboost
+from urza_samples import judge, measurement
 
 from esper.config import EvaluatorSettings
 from esper.contracts import (
     Blueprint,
+    Confidence,
     KernelBundle,
     KernelCharacterized,
     KernelReady,
     KernelStatus,
+    RiskSource,
     Topic,
 )
 from esper.errors import (
@@ -31,10 +37,25 @@ from esper.oona import MemoryBus
 from esper.tezzeret.pipelines import torch_release
 from esper.trust import verify_bundle
 from esper.urabrask import Urabrask
+from esper.urabrask.interest import ENOUGH_PEERS
+from esper.urabrask.risk import WEIGHTS
 from esper.urabrask.turn import device_to_itself, lock_path
 from esper.urza import Urza
+from esper.worker import WorkerProcess
 
 SETTINGS = EvaluatorSettings(timeout_s=30.0, batch_sizes=(1, 7), timed_block_s=0.01)
+UNSTEADY = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # that of the worker process
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[WorkerProcess]:
+    """One for all: a fresh one takes seconds."""
+    limits = {"niceness": SETTINGS.niceness, "memory_limit_bytes": SETTINGS.memory_limit_bytes}
+    process = WorkerProcess("esper.urabrask.child", **limits)
+    yield process
+    await process.close()
 
 
 @pytest.fixture
@@ -47,10 +68,22 @@ def bus() -> MemoryBus:
     return MemoryBus()
 
 
+Make = Callable[..., Urabrask]
+
+
 @pytest.fixture
-async def urabrask(urza: Urza, bus: MemoryBus) -> AsyncIterator[Urabrask]:
-    async with Urabrask(urza, bus, SETTINGS) as urabrask:
-        yield urabrask
+def make(urza: Urza, process: WorkerProcess) -> Make:
+    def make(settings: EvaluatorSettings = SETTINGS, bus: MemoryBus | None = None) -> Urabrask:
+        urabrask = Urabrask(urza, bus, settings)
+        urabrask._process = process
+        return urabrask
+
+    return make
+
+
+@pytest.fixture
+def urabrask(make: Make, bus: MemoryBus) -> Urabrask:
+    return make(bus=bus)
 
 
 def publish(urza: Urza, specimen: Artifact) -> str:
@@ -112,9 +145,8 @@ async def test_waiting_and_announced_kernels_are_judged_once(
     assert "kernel 000000000000 was not evaluated: " in caplog.text
 
 
-async def test_run_without_a_bus_ends_when_nothing_waits(urza: Urza) -> None:
-    async with Urabrask(urza, settings=SETTINGS) as urabrask:
-        await urabrask.run()
+async def test_run_without_a_bus_ends_when_nothing_waits(make: Make) -> None:
+    await make().run()
 
 
 async def test_evaluators_share_the_work_and_judge_nothing_twice(urza: Urza) -> None:
@@ -192,6 +224,8 @@ async def test_what_cannot_be_judged_is_left_to_its_lease(
 
 _HOLD = """
 import asyncio, sys
+from esper.urabrask.interest import ENOUGH_PEERS
+from esper.urabrask.risk import WEIGHTS
 from esper.urabrask.turn import device_to_itself
 async def hold():
     async with device_to_itself("cpu"):
@@ -261,28 +295,56 @@ async def test_unknown_kernels_are_an_error(urabrask: Urabrask) -> None:
         await urabrask.evaluate("0" * 64)
 
 
-async def test_an_undecided_kernel_gets_another_chance(urza: Urza) -> None:
+async def test_an_undecided_kernel_gets_another_chance(urza: Urza, make: Make) -> None:
     artifact_id = publish(urza, residual_mlp())
-    unsteady = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
-    async with Urabrask(urza, settings=unsteady) as other:
-        await other.evaluate(artifact_id)
+    await make(UNSTEADY).evaluate(artifact_id)
     assert urza.kernel(artifact_id).status is KernelStatus.UNDECIDED
     with pytest.raises(ArtifactNotValidatedError, match="is UNDECIDED"):
         verify_bundle(urza.fetch_kernel(artifact_id), urza.trusted_key)
-    async with Urabrask(urza, settings=SETTINGS) as other:
-        await other.run()
+    await make().run()
     assert urza.kernel(artifact_id).status is KernelStatus.VALIDATED
 
 
-async def test_an_undecided_kernel_is_left_alone_for_a_while(urza: Urza) -> None:
+async def test_an_undecided_kernel_is_left_alone_for_a_while(urza: Urza, make: Make) -> None:
     artifact_id = publish(urza, residual_mlp())
-    unsteady = SETTINGS.model_copy(update={"max_spread": 1e-12, "measured_again": 0})
-    async with Urabrask(urza, settings=unsteady) as other:
-        await other.run()
-        report_digest = urza.kernel(artifact_id).statement.report_digest
-        await other.run()
-    async with Urabrask(urza, settings=SETTINGS) as another:
-        await another.run()
+    unsteady = make(UNSTEADY).worker
+    assert await unsteady.process_pending_kernels() == 1
+    report_digest = urza.kernel(artifact_id).statement.report_digest
+    assert await unsteady.process_pending_kernels() == 0
+    assert await make().worker.process_pending_kernels() == 0
     kernel = urza.kernel(artifact_id)
     assert kernel.status is KernelStatus.UNDECIDED
     assert kernel.statement.report_digest == report_digest
+
+
+async def test_the_report_says_who_judged_the_risk_and_why(urza: Urza, make: Make) -> None:
+    report = await make().evaluate(publish(urza, residual_mlp()))
+    assert report.risk_by is RiskSource.RULES
+    assert report.risk_reason == "0 of the 200 outcomes that a model needs are known"
+    assert set(report.risk_components) == set(WEIGHTS)
+    assert sum(report.risk_components.values()) == pytest.approx(report.risk_score, abs=0.005)
+    assert report.conf_level is Confidence.HIGH
+
+
+@needs_xgboost
+async def test_a_proven_model_judges_the_risk(urza: Urza, make: Make) -> None:
+    urabrask = make()
+    urabrask._chronicle.lessons = lessons(LEARNABLE)
+    report = await urabrask.evaluate(publish(urza, residual_mlp()))
+    assert report.risk_by is RiskSource.MODEL
+    assert report.risk_comparison is not None
+    assert report.risk_comparison.num_outcomes == 300
+    assert urza.report(report.artifact_id) == report
+
+
+async def test_the_forge_hears_of_what_is_unlike_its_peers(urza: Urza, make: Make) -> None:
+    """Its peers take a hundred times as much memory."""
+    manifest, files = residual_mlp()
+    for index in range(ENOUGH_PEERS):
+        peer_id = publish(urza, (manifest.model_copy(update={"flops_per_sample": index}), files))
+        measured = measurement(12.5, 100_000 + index)
+        judge(urza, peer_id, machine=platform.machine(), measurement=measured)
+    blueprint_id = urza.kernel(artifact_id := publish(urza, residual_mlp())).manifest.blueprint_id
+    report = await make().evaluate(artifact_id)
+    assert report.urabrask_interest > 0.5
+    assert urza.blueprint_record(blueprint_id).urabrask_interest == report.urabrask_interest

@@ -51,7 +51,7 @@ ALL_CHECKS = [
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SETTINGS) as sandbox:
+    with Sandbox() as sandbox:
         yield sandbox
 
 

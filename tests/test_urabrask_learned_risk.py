@@ -1,54 +1,34 @@
 """A model judges the risk where it is proven better than the rules, and nowhere else."""
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping
 
 import pytest
 from test_urabrask_risk import MANIFEST, report
+from urabrask_lessons import (
+    KNOWN_TO_THE_RULES,
+    LEARNABLE,
+    NOISE,
+    PER_BLUEPRINT,
+    lessons,
+    needs_xgboost,
+)
 
 from esper.contracts import Confidence, RiskSource
 from esper.errors import WorkerError
 from esper.urabrask import child, learned_risk
 from esper.urabrask.assessor import Assessor
 from esper.urabrask.chronicle import traits
-from esper.urabrask.learned_risk import Lesson, Traits, learn, predict
+from esper.urabrask.learned_risk import Traits, learn, predict
 from esper.urabrask.risk import Experience, assessed
 from esper.worker import Blobs, Header
 
-xgboost = pytest.importorskip("xgboost")
-
 JUDGED = assessed(report(1e-7), MANIFEST, Experience())
 TRAITS = traits(MANIFEST, JUDGED)
-PER_BLUEPRINT = 5
-LEARNABLE, NOISE, KNOWN_TO_THE_RULES = "learnable", "noise", "known to the rules"
 
 
-def lesson(number: int, chance: random.Random, pattern: str) -> Lesson:
-    """Kernels that are both new and large fail, or those that the rules say, or any."""
-    risk_by_rules, novelty, size = chance.random(), chance.random(), chance.random()
-    likely = {
-        LEARNABLE: 0.9 if (novelty > 0.5) == (size > 0.5) else 0.1,
-        NOISE: 0.7,
-        KNOWN_TO_THE_RULES: risk_by_rules,
-    }[pattern]
-    return Lesson(
-        blueprint_id=hashlib.sha256(b"%d" % (number // PER_BLUEPRINT)).hexdigest(),
-        traits=Traits(
-            design=chance.choice(("low_rank", "gated")),
-            numbers={"novelty": novelty, "size": size, "rules": risk_by_rules},
-        ),
-        risk_by_rules=risk_by_rules,
-        failed=chance.random() < likely,
-    )
-
-
-def lessons(pattern: str, count: int = 300, seed: int = 0) -> list[Lesson]:
-    chance = random.Random(seed)
-    return [lesson(number, chance, pattern) for number in range(count)]
-
-
+@needs_xgboost
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("pattern", "wins"), [(LEARNABLE, True), (NOISE, False), (KNOWN_TO_THE_RULES, False)]
@@ -61,6 +41,7 @@ def test_the_model_wins_where_there_is_something_to_learn(
     assert (comparison.num_outcomes, comparison.num_blueprints) == (300, 60)
 
 
+@needs_xgboost
 def test_designs_that_fail_are_learned_of_other_blueprints() -> None:
     taught = [
         one.model_copy(update={"failed": one.traits.design == "gated"}) for one in lessons(NOISE)
@@ -75,6 +56,7 @@ def test_designs_that_fail_are_learned_of_other_blueprints() -> None:
     assert 0 <= unheard_of <= 1
 
 
+@needs_xgboost
 def test_what_is_known_by_heart_of_a_blueprint_is_no_advantage() -> None:
     """Each blueprint has a fate of its own, and numbers that give it away to who has seen it."""
     chance = random.Random(0)
@@ -87,6 +69,7 @@ def test_what_is_known_by_heart_of_a_blueprint_is_no_advantage() -> None:
     assert not learn(told)[0].model_wins
 
 
+@needs_xgboost
 def test_a_model_is_xgboosts_own_json_and_the_same_each_time() -> None:
     _, model = learn(lessons(LEARNABLE))
     assert json.loads(model)["learner"]["objective"]["name"] == "binary:logistic"
@@ -114,6 +97,7 @@ class Worker:
         return json.loads(json.dumps(answer)), answered
 
 
+@needs_xgboost
 async def test_the_model_judges_once_it_is_proven() -> None:
     worker = Worker()
     assessor = Assessor(worker)
@@ -141,6 +125,7 @@ async def test_the_model_judges_once_it_is_proven() -> None:
     assert worker.called[3:] == ["learn_risk", "predict_risk"]
 
 
+@needs_xgboost
 async def test_the_rules_judge_where_outcomes_are_noise() -> None:
     found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(NOISE))
     assert found.risk_by is RiskSource.RULES

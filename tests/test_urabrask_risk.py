@@ -16,9 +16,7 @@ from esper.urabrask.risk import WEIGHTS, Experience, assessed, components, reach
 
 MANIFEST, _ = residual_mlp()
 NOTHING = MANIFEST.model_copy(update={"num_parameters": 0})
-LARGEST = MANIFEST.model_copy(
-    update={"num_parameters": 10**9, "pipeline": Pipeline.AGGRESSIVE}
-)
+LARGEST = MANIFEST.model_copy(update={"num_parameters": 10**9, "pipeline": Pipeline.AGGRESSIVE})
 WELL_KNOWN = Experience(kernels=10**6, adaptations=10**6)
 
 

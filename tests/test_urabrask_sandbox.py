@@ -19,22 +19,22 @@ from esper.urabrask.sandbox import Sandbox
 
 SETTINGS = EvaluatorSettings(
     timeout_s=60.0,
-    cpu_time_s=4,
+    cpu_time_s=2,
     batch_sizes=(7,),
     timed_rounds=5,
     timed_block_s=0.01,
     timed_blocks=3,
 )
 TESTS = Path(__file__).parent
-HOSTILE = [
-    "loops_forever",
-    "exits",
-    "segfaults",
-    "floods_stdout",
-    "writes_files",
-    "talks_garbage",
-    "leaves_a_daemon",
-]
+HOSTILE = {
+    "loops_forever": "used more than 2 s of CPU time",
+    "exits": "ended without an answer",
+    "segfaults": "was killed by signal 11",
+    "floods_stdout": "printed more than",
+    "writes_files": "",
+    "talks_garbage": "",
+    "leaves_a_daemon": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sandbox(folder: Path) -> Iterator[Sandbox]:
-    with pytest.MonkeyPatch.context() as patch, Sandbox(SETTINGS, (TESTS,)) as sandbox:
+    with pytest.MonkeyPatch.context() as patch, Sandbox((TESTS,)) as sandbox:
         patch.setattr(tempfile, "tempdir", str(folder))
         yield sandbox
 
@@ -70,24 +70,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_wall_time_is_limited() -> None:
+def test_wall_time_is_limited(sandbox: Sandbox) -> None:
     settings = SETTINGS.model_copy(update={"timeout_s": 2.0})
-    with Sandbox(settings, (TESTS,)) as sandbox:
-        assert "took more than 2 s" in reason(sandbox, "sleeps", settings)
-
-
-def test_cpu_time_is_limited() -> None:
-    settings = SETTINGS.model_copy(update={"cpu_time_s": 1})
-    with Sandbox(settings, (TESTS,)) as sandbox:
-        assert "used more than 1 s of CPU time" in reason(sandbox, "loops_forever", settings)
+    assert "took more than 2 s" in reason(sandbox, "sleeps", settings)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_is_left_of_a_candidate(sandbox: Sandbox, folder: Path, name: str) -> None:
-    judge_honest(sandbox)  # so that the fork server runs
+    sandbox.launch(SETTINGS).close()  # so that the fork server runs
     before = descendants(os.getpid())
 
-    reason(sandbox, name)
+    assert HOSTILE[name] in reason(sandbox, name)
 
     assert descendants(os.getpid()) == before
     assert judge_honest(sandbox) is KernelStatus.VALIDATED
@@ -96,8 +89,8 @@ def test_nothing_is_left_of_a_candidate(sandbox: Sandbox, folder: Path, name: st
 
 def test_a_fork_server_that_was_killed_is_replaced() -> None:
     before = descendants(os.getpid())  # of other tests
-    with Sandbox(SETTINGS, (TESTS,)) as sandbox:
-        judge_honest(sandbox)
+    with Sandbox((TESTS,)) as sandbox:
+        sandbox.launch(SETTINGS).close()
         [server] = set(descendants(os.getpid())) - set(before)
         os.kill(server, signal.SIGKILL)
         assert judge_honest(sandbox) is KernelStatus.VALIDATED
@@ -113,20 +106,17 @@ def test_a_candidate_inherits_nothing(sandbox: Sandbox, monkeypatch: pytest.Monk
 def test_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = descendants(os.getpid())
-    with Sandbox(SETTINGS, (TESTS,)) as sandbox:
+    with Sandbox((TESTS,)) as sandbox:
         assert "was killed by signal 11" in reason(sandbox, "segfaults")
         assert judge_honest(sandbox) is KernelStatus.VALIDATED
     assert descendants(os.getpid()) == before
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sandbox_that_cannot_confine_is_no_verdict() -> None:
+def test_a_sandbox_that_cannot_confine_is_no_verdict(sandbox: Sandbox) -> None:
     """It is not the artifact's fault that there is no such limit."""
     settings = SETTINGS.model_copy(update={"memory_limit_bytes": 2**70})
-    with (
-        Sandbox(settings, (TESTS,)) as sandbox,
-        pytest.raises(WorkerError, match=r"(?s)without.*Overflow"),
-    ):
+    with pytest.raises(WorkerError, match=r"(?s)without.*Overflow"):
         reason(sandbox, "exits", settings)
 
 
@@ -136,8 +126,8 @@ def test_the_sandbox_goes_with_an_evaluator_that_was_killed(tmp_path: Path) -> N
         "import os, pathlib, signal\n"
         "from esper.config import EvaluatorSettings\n"
         "from esper.urabrask.sandbox import Sandbox\n"
-        "sandbox = Sandbox(EvaluatorSettings())\n"
-        "candidate = sandbox.launch()\n"
+        "sandbox = Sandbox()\n"
+        "candidate = sandbox.launch(EvaluatorSettings())\n"
         "server = sandbox._server._process.pid\n"
         "print(pathlib.Path(f'/proc/{server}/task/{server}/children').read_text(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

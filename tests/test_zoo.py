@@ -34,23 +34,19 @@ SETTINGS = EvaluatorSettings(
 
 
 class Keeper:
-    """Sends specimens through the gauntlet, the endless ones through a sandbox of less patience."""
+    """Sends specimens through the gauntlet, the endless ones with less patience."""
 
     def __init__(self) -> None:
-        self._sandboxes: dict[float, Sandbox] = {}
+        self._sandbox = Sandbox(readable=(Path(__file__).parent,))
 
     def judge(self, kind: str, name: str) -> tuple[UrabraskValidationReport, object]:
         module, (manifest, files), loader = zoo.specimen(kind, name)
         timeout_s = getattr(module, "TIMEOUT_S", TIMEOUT_S)
         settings = SETTINGS.model_copy(update={"timeout_s": timeout_s})
-        if timeout_s not in self._sandboxes:
-            self._sandboxes[timeout_s] = Sandbox(settings, readable=(Path(__file__).parent,))
-        gauntlet = Gauntlet(settings, self._sandboxes[timeout_s], loader)
-        return gauntlet.run(manifest, files), module
+        return Gauntlet(settings, self._sandbox, loader).run(manifest, files), module
 
     def close(self) -> None:
-        for sandbox in self._sandboxes.values():
-            sandbox.close()
+        self._sandbox.close()
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ class Assessor:
 
     async def _up_to_date(self, lessons: Sequence[Lesson]) -> _Learned:
         if len(lessons) < ENOUGH_OUTCOMES:
-            reason = f"{len(lessons)} of the {ENOUGH_OUTCOMES} outcomes that a model needs are known"
+            reason = (
+                f"{len(lessons)} of the {ENOUGH_OUTCOMES} outcomes that a model needs are known"
+            )
             return _Learned(len(lessons), reason)
         if not self._learned.num_lessons <= len(lessons) < _NEWS * self._learned.num_lessons:
             self._learned = await self._learn(lessons)

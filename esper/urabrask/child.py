@@ -19,7 +19,7 @@ from esper.worker import Blobs, Header, serve
 
 def evaluate(header: Header, blobs: Blobs) -> tuple[Header, Blobs]:
     """Judge the artifact made of ``manifest`` and the blobs, under ``settings``."""
-    gauntlet = _gauntlet(EvaluatorSettings.model_validate(header["settings"]))
+    gauntlet = Gauntlet(EvaluatorSettings.model_validate(header["settings"]), _sandbox())
     report = gauntlet.run(KernelManifest.model_validate(header["manifest"]), blobs)
     return {"report": report.model_dump(mode="json")}, {}
 
@@ -42,8 +42,8 @@ def predict_risk(header: Header, blobs: Blobs) -> tuple[Header, Blobs]:
 
 
 @cache
-def _gauntlet(settings: EvaluatorSettings) -> Gauntlet:
-    return Gauntlet(settings, Sandbox(settings))
+def _sandbox() -> Sandbox:
+    return Sandbox()
 
 
 if __name__ == "__main__":

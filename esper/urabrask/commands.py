@@ -78,7 +78,7 @@ async def _evaluate_alone(
 ) -> UrabraskValidationReport:
     settings = EvaluatorSettings()
     async with device_to_itself(manifest.device):
-        with Sandbox(settings) as sandbox:
+        with Sandbox() as sandbox:
             report = Gauntlet(settings, sandbox).run(manifest, files)
     reason = {"risk_reason": "without a library there is nothing to learn from"}
     return risk.assessed(report, manifest, Experience()).model_copy(update=reason)

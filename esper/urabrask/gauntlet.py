@@ -56,7 +56,7 @@ class Gauntlet:
         confinement = ""
         try:
             oracle = _check_statically(ledger, manifest, files)
-            with self._sandbox.launch() as candidate:
+            with self._sandbox.launch(self._settings) as candidate:
                 confinement = candidate.confinement
                 examination = Examination(self._settings, oracle, candidate, ledger, hidden_seed)
                 findings = examination.conduct(files, self._loader)

@@ -22,9 +22,7 @@ def interest(
     return round(surprise(report, peers) * (1 + novelty) / 2, 2)
 
 
-def surprise(
-    report: UrabraskValidationReport, peers: Sequence[UrabraskValidationReport]
-) -> float:
+def surprise(report: UrabraskValidationReport, peers: Sequence[UrabraskValidationReport]) -> float:
     """Return how far the report's numbers lie from those of its peers, in [0, 1].
 
     In ratio to eager, memory and drift, whichever is farthest: 0 up to two standard deviations of

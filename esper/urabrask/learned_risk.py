@@ -155,7 +155,8 @@ def _sigmoid(x: Floats) -> Floats:
 
 def _log_loss(probabilities: Floats, failed: Floats) -> Floats:
     p = probabilities.clip(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
-    return -(failed * np.log(p) + (1 - failed) * np.log(1 - p))
+    loss: Floats = -(failed * np.log(p) + (1 - failed) * np.log(1 - p))
+    return loss
 
 
 def _compare(blueprint_ids: Sequence[str], rules: Floats, model: Floats) -> RiskComparison:

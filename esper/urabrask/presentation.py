@@ -69,7 +69,10 @@ def _summary(report: UrabraskValidationReport) -> Iterator[tuple[str, str]]:
         if measured.spread is not None:
             yield "spread", f"{measured.spread:.1%} of the ratio to eager"
         if measured.power_w is not None:
-            yield "power", f"{measured.power_w:.0f} W, {measured.energy_per_sample_mj:.3g} mJ/sample"
+            yield (
+                "power",
+                f"{measured.power_w:.0f} W, {measured.energy_per_sample_mj:.3g} mJ/sample",
+            )
         yield "peak memory", f"{measured.memory_bytes:,} bytes"
     if report.max_relative_error is not None:
         yield "drift", f"{report.max_relative_error:.1e} of the norm against float64"
@@ -86,7 +89,10 @@ def _summary(report: UrabraskValidationReport) -> Iterator[tuple[str, str]]:
 def _judgement(report: UrabraskValidationReport) -> Iterator[tuple[str, str]]:
     yield "risk", f"{report.risk_score:g} by the {report.risk_by.value}"
     if report.risk_reason:
-        yield "why by them" if report.risk_by is RiskSource.RULES else "why by it", report.risk_reason
+        yield (
+            "why by them" if report.risk_by is RiskSource.RULES else "why by it",
+            report.risk_reason,
+        )
     if parts := report.risk_components:
         listed = ", ".join(f"{name} {part:.3f}" for name, part in parts.items())
         yield "risk by the rules", f"{sum(parts.values()):.2f} ({listed})"

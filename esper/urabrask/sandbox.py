@@ -54,30 +54,31 @@ class Sandbox:
     ``readable`` are folders that candidates may read besides those of Python and PyTorch.
     """
 
-    def __init__(self, settings: EvaluatorSettings, readable: Iterable[Path] = ()) -> None:
-        self._settings = settings
+    def __init__(self, readable: Iterable[Path] = ()) -> None:
         self._readable = tuple(map(str, readable))
         self._server: _ForkServer | None = None
 
-    def launch(self) -> "Candidate":
+    def launch(self, settings: EvaluatorSettings) -> "Candidate":
         """Fork a candidate that is confined and has not seen its artifact yet.
+
+        ``settings`` are its limits.
 
         A fork server that an earlier one managed to kill is replaced. Raises
         :class:`WorkerError` if the sandbox itself does not work.
         """
         try:
-            return self._launch()
+            return self._launch(settings)
         except OSError:
             self.close()
         try:
-            return self._launch()
+            return self._launch(settings)
         except OSError as error:
             raise WorkerError(f"the sandbox's fork server does not start: {error}") from error
 
-    def _launch(self) -> "Candidate":
+    def _launch(self, settings: EvaluatorSettings) -> "Candidate":
         if self._server is None:
             self._server = _ForkServer()
-        candidate = Candidate(self._server, self._settings, self._readable)
+        candidate = Candidate(self._server, settings, self._readable)
         try:
             candidate.ask(ReadyQuestion(), {}, Ready)
         except CandidateError as error:
