@@ -37,11 +37,13 @@ from esper.urabrask.questions import (
     TimeQuestion,
     freshened,
 )
+from esper.urabrask.roofline import Ceilings
 from esper.urabrask.surroundings import Surroundings
 
 _QUESTION_LIMIT_BYTES = 2**32
 _HARNESS = (wire, stopwatch, sys.modules[__name__])
 _OUTPUTS_KEPT = 4  # in which a later output must not lie
+_MOST_FLOPS = 16384  # a clock and multiprocessor: twice what tensor cores do up to compute 10.0
 
 Tensors = dict[str, Tensor]
 
@@ -110,8 +112,9 @@ class _Bench:
         # The threads of autograd and of the profiler are not to be laid at the kernel's door.
         probe = torch.ones(1, device=question.device, requires_grad=True)
         stopwatch.peak_memory(lambda: probe.sum().backward())
+        stopwatch.prepare()
         seccomp.confine(writes=self._writes)
-        return Prepared(device_name=_device_name(question.device)), {}
+        return _described(question.device), {}
 
     def _load(self, question: LoadQuestion, tensors: Tensors) -> tuple[Loaded, Tensors]:
         files = {name.removeprefix("file."): wire.as_bytes(t) for name, t in tensors.items()}
@@ -348,8 +351,19 @@ def _resolve(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+def _described(device: str) -> Prepared:
+    if device != "cuda":
+        return Prepared(device_name=platform.machine())
+    gpu = torch.cuda.get_device_properties()
+    transfers_per_s = 2e3 * gpu.memory_clock_rate  # of two a clock, which is in kHz
+    return Prepared(
+        device_name=gpu.name,
+        device_uuid=str(gpu.uuid),
+        ceilings=Ceilings(
+            memory_bytes_per_s=transfers_per_s * gpu.memory_bus_width / 8,
+            flops_per_s=_MOST_FLOPS * 1e3 * gpu.clock_rate * gpu.multi_processor_count,
+        ),
+    )
 
 
 def _type_name(value: Any) -> str:

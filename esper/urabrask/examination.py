@@ -1,5 +1,7 @@
 """One candidate on the bench: it is asked, case by case, and its answers are checked."""
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from esper.config import EvaluatorSettings
 from esper.contracts import Check, Contract, Measurement
-from esper.urabrask import checks, wire
+from esper.urabrask import checks, power, wire
 from esper.urabrask.checks import Trial
 from esper.urabrask.inputs import (
     Case,
@@ -37,8 +39,11 @@ from esper.urabrask.questions import (
     TimeQuestion,
     freshened,
 )
+from esper.urabrask.roofline import floor_us
 from esper.urabrask.sandbox import AnswerT, BreakoutError, Candidate, CandidateError
 
+_POWER_S = 2.0  # that a kernel runs while its power is measured
+_MOST_POWER_ROUNDS = 20_000
 _HELD_BATCH = 2
 _HOLD_PAIRS = 3
 _FEW_CALLS = 4
@@ -76,9 +81,10 @@ class Examination:
         self._perturbed = perturbed(oracle.state, oracle.parameters, self._random("parameters"))
         self._random_training = self._trains_at_random()
         self._threads = 0
+        self._device = Prepared(device_name="")
 
     def conduct(self, files: Mapping[str, bytes], loader: str) -> Findings:
-        device_name = self._load(files, loader)
+        self._load(files, loader)
         tried = self._try_all(cases(self._settings.batch_sizes, self._oracle.trains_differently))
         # What differs in training is tried there, unless it is random.
         training = self._oracle.trains_differently and not self._random_training
@@ -91,19 +97,19 @@ class Examination:
         self._try_in_other_ways(last)
         self._watch_memory()
         benchmark, given = self._measure()
+        taken = self._measure_power(benchmark.measurement(), given)
         self._ask_once_more(last, "after it was timed")
         return Findings(
-            measurement=benchmark.measurement(),
+            measurement=benchmark.measurement().model_copy(update=taken),
             decided=benchmark.decided,
             random_training=self._random_training,
             given_bytes=self._given_bytes(given),
-            device_name=device_name,
+            device_name=self._device.device_name,
         )
 
-    def _load(self, files: Mapping[str, bytes], loader: str) -> str:
-        """Return the name of the device that the candidate runs on."""
+    def _load(self, files: Mapping[str, bytes], loader: str) -> None:
         question = PrepareQuestion(device=self._manifest.device)
-        prepared, _ = self._ask("loads", question, {}, Prepared)
+        self._device, _ = self._ask("loads", question, {}, Prepared)
         self._threads = self._candidate.threads()
         question_ = LoadQuestion(loader=loader, manifest=self._manifest)
         contents = {f"file.{name}": wire.as_tensor(data) for name, data in files.items()}
@@ -112,7 +118,6 @@ class Examination:
             self._ledger.reject("loads", f"{name} is not what the artifact's file holds")
         self._ledger.enter(passed("loads", "with the weights that the artifact holds"))
         self._check_process(loaded.changed, may_draw=False, when="while it was loaded")
-        return prepared.device_name
 
     def _try_all(self, tried: Iterable[Case]) -> list[Trial]:
         return [self._try(case) for case in tried]
@@ -213,13 +218,33 @@ class Examination:
 
     def _measure(self) -> tuple[Benchmark, Draw]:
         given = self._draw(self._timed_case, chunk=False)
-        benchmark = Benchmark(self._settings)
+        benchmark = Benchmark(self._settings, self._floor_us(given))
         try:
             benchmark.run(lambda question: self._time(question, given))
         except ImplausibleError as error:
             self._ledger.reject("benchmark", str(error))
         self._ledger.enter(benchmark.check())
         return benchmark, given
+
+    def _floor_us(self, given: Draw) -> float:
+        if self._manifest.device == "cpu":
+            return 0.0  # there the processor time tells, and caches stay warm
+        read_bytes, flops = self._oracle.read_bytes(given), self._oracle.flops(given)
+        return floor_us(self._device.ceilings, read_bytes, flops)
+
+    def _measure_power(self, measured: Measurement, given: Draw) -> dict[str, float]:
+        """Return nothing where there is no GPU, or none whose energy is counted."""
+        meter = power.energy_meter(self._device.device_uuid)
+        if meter is None:
+            return {}
+        rounds = math.ceil(_POWER_S * 1e6 / measured.forward_backward_p50_us)
+        question = HoldQuestion(rounds=min(rounds, _MOST_POWER_ROUNDS))
+
+        def run() -> None:
+            self._ask("benchmark", question, given.tensors(), Held)
+
+        samples = question.rounds * measured.batch_size
+        return power.measure(meter, run, samples, time.monotonic).model_dump()
 
     def _time(self, question: TimeQuestion, given: Draw) -> tuple[Timed, float]:
         tensors = given.tensors() | _state_tensors(self._perturbed)

@@ -44,6 +44,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CHANNEL_FD = 3
 _OPEN_FILES = 64
 _SPARE_TASKS = 16
+_TELL_WHICH_GPU = ("CUDA_VISIBLE_DEVICES",)
 
 # What Python and PyTorch are made of, and what they look up. No home, no library, no key.
 _READABLE = (
@@ -120,8 +121,9 @@ def _confine(job: dict[str, Any], scratch: str, channel_fd: int, log_fd: int) ->
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _keep_only(channel_fd, log_fd)
     os.chdir(scratch)
+    visible = {name: os.environ[name] for name in _TELL_WHICH_GPU if name in os.environ}
     os.environ.clear()
-    os.environ.update(HOME=scratch, TMPDIR=scratch)
+    os.environ.update(visible, HOME=scratch, TMPDIR=scratch)
     tempfile.tempdir = scratch  # it may have looked for one before
     for limited, limit in _limits(job).items():
         _limit(limited, limit, limit)

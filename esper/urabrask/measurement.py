@@ -2,7 +2,7 @@
 
 A block is one question. It lasts long enough for the processor time that the operating system has
 counted meanwhile to contradict the times that are told: what was computed took at least as long.
-(On CUDA it tells nothing of the device's work.) The spread is that of the blocks' medians, kernel over eager, which share whatever
+On CUDA, where it tells nothing of the device's work, the device's roofline does. The spread is that of the blocks' medians, kernel over eager, which share whatever
 else the machine was doing.
 """
 
@@ -31,10 +31,11 @@ class ImplausibleError(Exception):
 
 class Benchmark:
     """Measures one kernel; ``ask`` puts a question to it, and returns the answer and the seconds
-    of processor time that it took."""
+    of processor time that it took. No forward can be faster than ``floor_us``."""
 
-    def __init__(self, settings: EvaluatorSettings) -> None:
+    def __init__(self, settings: EvaluatorSettings, floor_us: float = 0.0) -> None:
         self._settings = settings
+        self._floor_us = floor_us
         self._blocks: list[Timed] = []
         self._memory_bytes = 0
         self._repeated = 0
@@ -119,6 +120,12 @@ class Benchmark:
             raise ImplausibleError(
                 f"claims to have run for {claimed_s * 1e3:.1f} ms in "
                 f"{used_s * 1e3:.1f} ms of processor time"
+            )
+        median_us = _median(timed.forward_us)
+        if median_us < self._floor_us:
+            raise ImplausibleError(
+                f"claims a forward in {median_us:.2f} us, "
+                f"which takes the device {self._floor_us:.2f} us at the very least"
             )
         return timed
 

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils.flop_counter import FlopCounterMode
 
 from esper.contracts import KernelManifest
+from esper.kasmina.graph import Ref
 from esper.kasmina.kernel import Kernel
 from esper.urabrask.inputs import Draw
+from esper.urabrask.roofline import read_bytes
 
 Results = dict[str, Tensor]
 
@@ -35,6 +38,21 @@ class Oracle:
     def trains_differently(self) -> bool:
         """Whether training runs another graph than evaluation, or other code."""
         return self.program.train != self.program.eval or self.manifest.native is not None
+
+    def read_bytes(self, draw: Draw) -> int:
+        """Return the bytes of inputs and weights that a forward in training cannot but read."""
+        tensors = {Ref("input", "inp"): draw.inp, Ref("input", "act"): draw.act}
+        named = zip(self.program.parameters, self.parameters, strict=True)
+        tensors |= {Ref("param", spec.name): self.state[name] for spec, name in named}
+        return read_bytes(self.program.train, tensors)
+
+    def flops(self, draw: Draw) -> int:
+        """Return the floating-point operations of a forward in training, as PyTorch counts them."""
+        params = [self.state[name] for name in self.parameters]
+        buffers = [t.clone() for name, t in self.state.items() if name not in self.parameters]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.program.interpret(draw.inp, draw.act, params, buffers, True)
+        return int(counter.get_total_flops())
 
     def is_random(self, draw: Draw, state: Mapping[str, Tensor]) -> bool:
         """Tell whether the training graph computes something else under another global seed."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from esper.contracts import Contract, KernelManifest
+from esper.urabrask.roofline import Ceilings
 
 KERNEL_LOADER = "esper.kasmina.compiled:build"
 
@@ -81,7 +82,11 @@ class Ready(Contract):
 
 
 class Prepared(Contract):
+    """Said before any kernel is loaded."""
+
     device_name: str
+    device_uuid: str = ""  # of a GPU
+    ceilings: Ceilings = Ceilings()
 
 
 class Loaded(Contract):
