@@ -82,3 +82,19 @@ def test_there_must_be_as_many_samples_as_rounds() -> None:
 
     with pytest.raises(ImplausibleError, match="expected 6 samples of each latency"):
         Benchmark(SETTINGS).run(ask)
+
+
+def test_a_busy_machine_does_not_make_blocks_short() -> None:
+    """Else the harness's own share of the processor time would look like a lie."""
+    settings = SETTINGS.model_copy(update={"timed_block_s": 0.01})
+    clock = Clock(iter([8.0] * 100))
+    asked: list[int] = []
+
+    def ask(question: TimeQuestion) -> tuple[Timed, float]:
+        asked.append(question.rounds)
+        timed, used_s = clock(question)
+        stalled = (timed.forward_us[0] + 20_000.0, *timed.forward_us[1:])
+        return timed.model_copy(update={"forward_us": stalled}), used_s
+
+    Benchmark(settings).run(ask)
+    assert asked[-1] * (8 + 40 + 10 + 50) >= 1e4

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ENOUGH_OUTCOMES = 200
 NUM_FOLDS = 5
-NOT_INSTALLED = 'xgboost is not installed; `pip install "esper-torch[risk]"` brings it'
+NOT_INSTALLED = "xgboost is not installed; `pip install 'esper-torch[risk]'` brings it"
 
 _ROUNDS = 60
 _PARAMETERS = {
