@@ -491,6 +491,7 @@ class HealthSignal(Contract):
     mean: float
     variance: float
     dead_fraction: float = Field(ge=0, le=1)
+    saturation: float | None = Field(default=None, ge=0, le=1)  # of a bounded activation
     non_finite: int
     gradient_energy: float  # mean squared gradient of the loss with respect to the chunk
     error_count: int

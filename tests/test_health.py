@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 import esper
 from esper.config import SeedSettings
-from esper.contracts import HealthSignal
+from esper.contracts import HealthSignal, SeedState
 from esper.kasmina.health import health_batch
 from esper.kasmina.observation import Observation
 
 
 class Emitting(nn.Module):
-    """Gives out what it is told to, through a layer that can carry seeds."""
+    """Gives what it is told to through a layer that can carry seeds."""
 
-    def __init__(self, out: Tensor):
+    def __init__(self, out: Tensor, act: nn.Module):
         super().__init__()
-        self.act = nn.Identity()
+        self.act = act
         self.scale = nn.Parameter(torch.ones(()))
         self.out = out
 
@@ -26,16 +26,20 @@ class Emitting(nn.Module):
         return self.act(self.out * self.scale)
 
 
-def signals_of(out: Tensor) -> tuple[HealthSignal, ...]:
-    """Return the signals of the two seeds on the columns of ``out``, (N, 4)."""
+def observed(out: Tensor, act: nn.Module | None = None) -> Observation:
+    """Return what was seen of the two seeds on the columns of ``act`` of ``out``, (N, 4)."""
     settings = SeedSettings(seeds_per_layer=2, observe_every=2)
-    model = esper.wrap(Emitting(out), ["act"], settings=settings)
-    observed: list[Observation] = []
-    model.kasmina.emit_observation = observed.append
+    model = esper.wrap(Emitting(out, act or nn.Identity()), ["act"], settings=settings)
+    observations: list[Observation] = []
+    model.kasmina.emit_observation = observations.append
     for _ in range(4):
         model(torch.zeros(1)).sum().backward()
         model.step()
-    return health_batch(observed[0]).signals
+    return observations[0]
+
+
+def signals_of(out: Tensor, act: nn.Module | None = None) -> tuple[HealthSignal, ...]:
+    return health_batch(observed(out, act)).signals
 
 
 HEALTHY = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).repeat(4, 1)
@@ -61,6 +65,20 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "half collapsed": (lambda chunk: 1000 + chunk, 0.5),
 }
 
+# By name: the activation, and how open an output is, 1 in the middle and 0 at a bound.
+BOUNDED: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "Tanh": (nn.Tanh, lambda y: 1 - y.square()),
+    "Sigmoid": (nn.Sigmoid, lambda y: 4 * y * (1 - y)),
+    "Softsign": (nn.Softsign, lambda y: 1 - y.square()),
+    "Hardsigmoid": (nn.Hardsigmoid, lambda y: 4 * y * (1 - y)),
+    "Hardtanh": (lambda: nn.Hardtanh(-1, 3), lambda y: (y + 1) * (3 - y) / 4),
+    "a clipped ReLU": (lambda: nn.Hardtanh(0, 2), lambda y: 1 - y.square() / 4),
+    "ReLU6": (nn.ReLU6, lambda y: 1 - y.square() / 36),
+}
+# To the upper bound, and to both; a ReLU rests at its lower one.
+DRIVEN = [(name, (1, 1)) for name in BOUNDED]
+DRIVEN += [(name, (1, -1)) for name in BOUNDED if "ReLU" not in name]
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_fault_lowers_the_score_of_its_own_chunk(case: str) -> None:
@@ -68,6 +86,49 @@ def test_each_fault_lowers_the_score_of_its_own_chunk(case: str) -> None:
     first, second = signals_of(torch.cat([spoil(HEALTHY), HEALTHY], 1))
     assert first.health_score == pytest.approx(score, abs=0.01)
     assert second.health_score == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_saturation_is_the_mean_nearness_to_the_bounds(name: str) -> None:
+    act, openness = BOUNDED[name]
+    inp = torch.randn(64, 4, generator=torch.Generator().manual_seed(1)) * 2 + 1
+    chunks = act()(inp).double().chunk(2, 1)
+    for signal, chunk in zip(signals_of(inp, act()), chunks, strict=True):
+        slope = openness(chunk).mean().item()
+        assert signal.saturation == pytest.approx(1 - slope, abs=1e-5)
+        assert signal.health_score == pytest.approx(slope / (slope + 0.05), rel=1e-3)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Sigmoid])
+def test_saturation_is_what_the_slope_lacks_of_the_steepest(act: Callable[[], nn.Module]) -> None:
+    inp = torch.linspace(-4, 3, 256).reshape(64, 4).requires_grad_()
+    [slopes] = torch.autograd.grad(act()(inp).sum(), inp)
+    steepest = torch.autograd.functional.jacobian(act(), torch.zeros(()))
+    for signal, chunk in zip(signals_of(inp.detach(), act()), slopes.chunk(2, 1), strict=True):
+        relative = (chunk / steepest).mean().item()
+        assert signal.saturation == pytest.approx(1 - relative, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "signs"), DRIVEN)
+def test_what_is_driven_to_its_bounds_scores_nothing(name: str, signs: tuple[int, int]) -> None:
+    act, _ = BOUNDED[name]
+    inp = torch.tensor(signs).repeat(8, 2) * torch.linspace(500, 600, 8)[:, None]
+    for signal in signals_of(inp, act()):
+        assert signal.saturation == pytest.approx(1.0, abs=0.01)
+        assert signal.health_score < 0.1
+
+
+def test_a_layer_without_bounds_has_no_saturation() -> None:
+    for act in (nn.Identity(), nn.ReLU(), nn.GELU()):
+        assert all(signal.saturation is None for signal in signals_of(HEALTHY.repeat(1, 2), act))
+
+
+def test_where_a_kernel_adds_to_an_activation_there_is_no_bound() -> None:
+    observation = observed(HEALTHY.repeat(1, 2), nn.Tanh())
+    observation.snapshot.fields["lifecycle_states"][1] = SeedState.GRAFTING
+    first, second = health_batch(observation).signals
+    assert first.saturation is not None
+    assert second.saturation is None
 
 
 def test_a_signal_tells_how_old_it_is_and_what_the_gradient_asked() -> None:

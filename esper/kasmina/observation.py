@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from esper.kasmina.bank import Snapshot
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.morph import DeviceTimer
+from esper.kasmina.saturation import Reach, reach_of
 
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """Where a layer's seeds are in the snapshot, and how long its forward took."""
+    """Where a layer's seeds are in the snapshot, how long its forward took, and what bounds it."""
 
     name: str
     first_seed: int
     num_seeds: int
     execution_time_us: float
+    reach: Reach | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Observation:
                 layer.first_seed,
                 layer.num_seeds,
                 0.0 if timer is None else timer.elapsed_us(),
+                reach_of(layer.host_name, layer.default_transform),
             )
             for layer, timer in self.watched
         )
