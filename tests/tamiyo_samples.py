@@ -1,6 +1,9 @@
-"""Epochs, signals, kernels and views as Tamiyo sees them."""
+"""Epochs, signals, kernels and views as Tamiyo sees them, and Tamiyo herself beside a test."""
 
-from collections.abc import Sequence
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kasmina_library import MemoryLibrary
 
@@ -13,7 +16,9 @@ from esper.contracts import (
     SeedId,
     SeedState,
 )
-from esper.tamiyo import Cost, ModelView
+from esper.oona import Oona
+from esper.tamiyo import Cost, ModelView, Tamiyo
+from esper.testing import FakeLibrary
 
 FLAT, FALLING = [1.0, 1.0, 1.0, 1.0], [1.0, 0.8, 0.6, 0.4]
 
@@ -109,3 +114,19 @@ def view(kernel: KernelRecord, losses: Sequence[float] = FLAT, **changes: object
         "candidates": lambda _: [kernel],
     }
     return ModelView(**defaults | changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def controller(bus: Oona) -> Iterator[None]:
+    """Have a controller listen in a thread with a loop of its own; closes the bus in the end."""
+
+    async def run() -> None:
+        await Tamiyo(bus, FakeLibrary([]), lambda _: None).run()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        yield
+    finally:
+        bus.close()
+        thread.join()

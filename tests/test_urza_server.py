@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
+from tamiyo_samples import controller
 from urza_samples import (
     UNKNOWN,
     blueprint,
@@ -32,6 +33,7 @@ from urza_servers import served
 import esper.errors
 from esper.contracts import SeedEvaluation
 from esper.errors import TooLargeError
+from esper.oona import MemoryBus
 from esper.urza import Urza
 from esper.urza.access import Tokens
 from esper.urza.client import UrzaClient
@@ -40,7 +42,8 @@ from esper.urza.messages import BlueprintSubmission, KernelUpload, SignedReport
 from esper.urza.server import create_app, listen
 
 MAX_BODY_BYTES = 100_000
-ROUTES, EXAMPLES = 32, 8
+ROUTES, EXAMPLES = 35, 8
+RUN = "run-7"
 schemathesis.checks.load_all_checks()
 CHECKS = [
     schemathesis.checks.CHECKS.get_one(name)
@@ -96,6 +99,8 @@ def test_every_documented_route_is_there(http: httpx.Client) -> None:
         ("/internal/v1/kernels", "post"),
         ("/internal/v1/kernels/{artifact_id}/report", "post"),
         ("/api/v1/forge/status", "get"),
+        ("/api/v1/runs/{run}/controller", "get"),
+        ("/api/v1/runs/{run}/controller/{action}", "post"),
     } <= {(path, method) for path, methods in paths.items() for method in methods}
     assert "openapi.json" in http.get("/docs").text
 
@@ -107,7 +112,8 @@ def test_every_answer_is_as_described(tmp_path: Path) -> None:
         artifact_id = publish(library)
         judge(library, artifact_id)
         library.record_field_report(field_report(artifact_id, evaluation=DIVERGED))
-        with served(create_app(library, Tokens([]))) as url:
+        bus = MemoryBus()
+        with controller(bus), served(create_app(library, Tokens([]), buses={RUN: bus})) as url:
             schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
             operations = [operation.ok() for operation in schema.get_all_operations()]
             assert len(operations) == ROUTES
@@ -118,7 +124,7 @@ def test_every_answer_is_as_described(tmp_path: Path) -> None:
 
 
 def ask_as_described(operation: Any, mode: GenerationMode, artifact_id: str) -> None:
-    known = {"artifact_id": artifact_id, "blueprint_id": blueprint().blueprint_id}
+    known = {"artifact_id": artifact_id, "blueprint_id": blueprint().blueprint_id, "run": RUN}
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode), strategies.booleans())

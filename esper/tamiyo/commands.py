@@ -4,12 +4,12 @@ import argparse
 import asyncio
 import os
 import sys
-import uuid
 
 import esper.oona as oona
-from esper.contracts import RequestKind, TamiyoRequest, TamiyoStatus, Topic
+from esper.contracts import RequestKind, TamiyoStatus
 from esper.errors import BusError
 from esper.oona import Oona
+from esper.oona.inquiry import Inquiry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,26 +28,15 @@ def main(options: argparse.Namespace) -> None:
         bus = oona.connect(url)
     except (BusError, ValueError) as error:
         sys.exit(f"esper tamiyo: {error}")
+    kind = RequestKind(options.kind.upper())
     try:
-        status = asyncio.run(ask(bus, RequestKind(options.kind.upper()), options.timeout_s))
-    except TimeoutError:
-        sys.exit(f"esper tamiyo: no controller has answered in {options.timeout_s:g} s")
+        status = asyncio.run(_ask(bus, kind, options.timeout_s))
+    except (BusError, TimeoutError) as error:
+        sys.exit(f"esper tamiyo: {error}")
     finally:
         bus.close()
     print(status.model_dump_json(indent=2))
 
 
-async def ask(bus: Oona, kind: RequestKind, timeout_s: float) -> TamiyoStatus:
-    """Send a request and return its answer; raises ``TimeoutError`` if none comes."""
-    request = TamiyoRequest(kind=kind)
-    answers = bus.subscribe(Topic.TAMIYO_STATUS, f"asked-{uuid.uuid4().hex[:8]}")
-    bus.publish(Topic.TAMIYO_REQUESTS, "cli", request)
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for message in answers:
-                status = message.payload
-                if isinstance(status, TamiyoStatus) and status.request_id == request.request_id:
-                    return status
-    finally:
-        await answers.aclose()
-    raise TimeoutError
+async def _ask(bus: Oona, kind: RequestKind, timeout_s: float) -> TamiyoStatus:
+    return await Inquiry(bus, "cli").ask(kind, timeout_s)

@@ -62,9 +62,13 @@ _WANTED_BY = {"tamiyo": Role.RESEARCHER, "urabrask": Role.EVALUATOR}
 _bearer = HTTPBearer(auto_error=False, description="see `esper urza token`")
 
 
-def all_routes(library: Urza, *, by_token: bool) -> APIRouter:
-    """Return every route but the metrics'; ``by_token`` says that they ask for one."""
-    router = APIRouter(dependencies=[Security(_bearer)] if by_token else [])
+def make_router(*, by_token: bool) -> APIRouter:
+    """Return a router whose routes say, if so, that they ask for a token."""
+    return APIRouter(dependencies=[Security(_bearer)] if by_token else [])
+
+
+def library_routes(library: Urza, *, by_token: bool) -> APIRouter:
+    router = make_router(by_token=by_token)
     for add in (
         _add_blueprints,
         _add_kernels,
@@ -84,14 +88,14 @@ def _add_blueprints(router: APIRouter, library: Urza) -> None:
         path,
         status_code=201,
         response_model=BlueprintSubmitted,
-        dependencies=_allowed(Role.RESEARCHER, Role.FORGE),
+        dependencies=allowed(Role.RESEARCHER, Role.FORGE),
     )
     def submit_blueprint(submission: BlueprintSubmission) -> Response:
         """Store a blueprint and its graph. Again, it changes nothing."""
         blueprint_id = library.submit_blueprint(
             submission.blueprint, submission.graph, evolved_from=submission.evolved_from
         )
-        return _json(BlueprintSubmitted(blueprint_id=blueprint_id), 201)
+        return as_json(BlueprintSubmitted(blueprint_id=blueprint_id), 201)
 
     @router.get(path, response_model=list[BlueprintRecord])
     def list_blueprints(status: BlueprintStatus | None = None) -> Response:
@@ -101,7 +105,7 @@ def _add_blueprints(router: APIRouter, library: Urza) -> None:
     @router.get(f"{path}/{{blueprint_id}}", response_model=BlueprintRecord)
     def get_blueprint(blueprint_id: Sha256) -> Response:
         """A blueprint, its status, and who compiles it."""
-        return _json(library.blueprint_record(blueprint_id))
+        return as_json(library.blueprint_record(blueprint_id))
 
     @router.get(f"{path}/{{blueprint_id}}/graph", response_class=Response, responses=_BYTES)
     def get_graph(blueprint_id: Sha256) -> Response:
@@ -136,7 +140,7 @@ def _add_kernels(router: APIRouter, library: Urza) -> None:
     @router.get(f"{path}/{{artifact_id}}", response_model=KernelRecord)
     def get_kernel(artifact_id: Sha256) -> Response:
         """A kernel's manifest, and its newest verdict with the evaluator's signature."""
-        return _json(library.kernel(artifact_id))
+        return as_json(library.kernel(artifact_id))
 
     @router.get(f"{path}/{{artifact_id}}/files/{{name}}", response_class=Response, responses=_BYTES)
     def get_kernel_file(artifact_id: Sha256, name: str) -> Response:
@@ -146,10 +150,10 @@ def _add_kernels(router: APIRouter, library: Urza) -> None:
     @router.get(f"{path}/{{artifact_id}}/report", response_model=UrabraskValidationReport)
     def get_report(artifact_id: Sha256) -> Response:
         """The report that the newest verdict is about."""
-        return _json(library.report(artifact_id))
+        return as_json(library.report(artifact_id))
 
     @router.post(
-        f"{path}/{{artifact_id}}/archive", status_code=204, dependencies=_allowed(Role.OPERATOR)
+        f"{path}/{{artifact_id}}/archive", status_code=204, dependencies=allowed(Role.OPERATOR)
     )
     def archive_kernel(artifact_id: Sha256) -> None:
         """Let queries no longer find a kernel."""
@@ -160,7 +164,7 @@ def _add_status(router: APIRouter, library: Urza) -> None:
     @router.get(f"{API}/forge/status", response_model=ForgeStatus)
     def get_forge_status(owner: str | None = None, window_s: float = 3600.0) -> Response:
         """What waits and who has it, and what was done lately, by one forge or by all."""
-        return _json(library.forge_status(owner, window_s=window_s))
+        return as_json(library.forge_status(owner, window_s=window_s))
 
     @router.get(f"{API}/forge/prospects", response_model=list[RecompilationProspect])
     def list_prospects(
@@ -174,11 +178,13 @@ def _add_status(router: APIRouter, library: Urza) -> None:
         blueprint_id: Sha256, pipeline: Pipeline, device: str, torch_version: str
     ) -> Response:
         """Whether a forge has tried to make such a kernel, with success or without."""
-        return _json(Tried(tried=library.was_tried(blueprint_id, pipeline, device, torch_version)))
+        return as_json(
+            Tried(tried=library.was_tried(blueprint_id, pipeline, device, torch_version))
+        )
 
 
 def _add_forge(router: APIRouter, library: Urza) -> None:
-    forge = _allowed(Role.FORGE)
+    forge = allowed(Role.FORGE)
 
     @router.post(f"{INTERNAL}/leases", response_model=Claimed, dependencies=forge)
     def claim_blueprint(claim: Claim) -> Response:
@@ -186,7 +192,7 @@ def _add_forge(router: APIRouter, library: Urza) -> None:
         claimed = library.claim_blueprint(
             claim.owner, claim.lease_s, blueprint_id=claim.blueprint_id
         )
-        return _json(Claimed(blueprint_id=claimed))
+        return as_json(Claimed(blueprint_id=claimed))
 
     @router.put(f"{INTERNAL}/leases/{{blueprint_id}}", status_code=204, dependencies=forge)
     def renew_lease(blueprint_id: Sha256, renewal: Renewal) -> None:
@@ -215,13 +221,13 @@ def _add_forge(router: APIRouter, library: Urza) -> None:
     )
     def publish_kernel(upload: KernelUpload) -> Response:
         """Store an artifact, PENDING_BENCHMARKING. Again, it changes nothing."""
-        return _json(
+        return as_json(
             KernelReady(artifact_id=library.publish_kernel(upload.manifest, upload.files)), 201
         )
 
 
 def _add_evaluator(router: APIRouter, library: Urza) -> None:
-    evaluator = _allowed(Role.EVALUATOR)
+    evaluator = allowed(Role.EVALUATOR)
     path = f"{INTERNAL}/kernel-leases"
 
     @router.post(path, response_model=ClaimedKernel, dependencies=evaluator)
@@ -234,7 +240,7 @@ def _add_evaluator(router: APIRouter, library: Urza) -> None:
             torch_version=claim.torch_version,
             artifact_id=claim.artifact_id,
         )
-        return _json(ClaimedKernel(artifact_id=claimed))
+        return as_json(ClaimedKernel(artifact_id=claimed))
 
     @router.put(f"{path}/{{artifact_id}}", status_code=204, dependencies=evaluator)
     def renew_kernel_lease(artifact_id: Sha256, renewal: Renewal) -> None:
@@ -259,8 +265,8 @@ def _add_evaluator(router: APIRouter, library: Urza) -> None:
 
 
 def _add_history(router: APIRouter, library: Urza) -> None:
-    researcher = _allowed(Role.RESEARCHER)
-    operator = _allowed(Role.OPERATOR)
+    researcher = allowed(Role.RESEARCHER)
+    operator = allowed(Role.OPERATOR)
 
     @router.post(f"{API}/field-reports", status_code=204, dependencies=researcher)
     def record_field_report(report: FieldReport) -> None:
@@ -290,12 +296,12 @@ def _add_history(router: APIRouter, library: Urza) -> None:
     @router.get(f"{API}/audit/head", response_model=AuditHead)
     def get_audit_head() -> Response:
         """Where the audit log ends."""
-        return _json(AuditHead(head=library.audit.head()))
+        return as_json(AuditHead(head=library.audit.head()))
 
     @router.get(f"{API}/audit/verified", response_model=AuditLength, dependencies=operator)
     def verify_audit(head: Sha256 | None = None) -> Response:
         """Walk the chain, which must hold, and contain ``head``."""
-        return _json(AuditLength(rows=library.audit.verify(expected_head=head)))
+        return as_json(AuditLength(rows=library.audit.verify(expected_head=head)))
 
     @router.get(f"{API}/verified", status_code=204, dependencies=operator)
     def verify_library() -> None:
@@ -303,7 +309,7 @@ def _add_history(router: APIRouter, library: Urza) -> None:
         library.verify()
 
 
-def _allowed(*roles: Role) -> list[Any]:
+def allowed(*roles: Role) -> list[Any]:
     """Dependencies that refuse a token which has none of the roles."""
 
     def check(request: Request) -> None:
@@ -320,7 +326,7 @@ def _check_roles(request: Request, *roles: Role) -> None:
         )
 
 
-def _json(contract: Contract, status: int = 200) -> Response:
+def as_json(contract: Contract, status: int = 200) -> Response:
     return Response(contract.canonical(), status, media_type="application/json")
 
 

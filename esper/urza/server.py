@@ -1,6 +1,7 @@
 """Urza over HTTP: one library, for trainers, forges and evaluators on other machines."""
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,31 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from esper.errors import LibraryError
+from esper.oona import Oona
 from esper.urza.access import Tokens
 from esper.urza.failures import STATUS_OF, Failure
 from esper.urza.gate import Gate, is_loopback, refuse, refuse_invalid, refuse_unroutable
 from esper.urza.library import Urza
 from esper.urza.metrics import Measured, Metrics
-from esper.urza.routes import all_routes
+from esper.urza.routes import library_routes
+from esper.urza.run_routes import run_routes
 
 MAX_BODY_BYTES = 64 * 2**20
 _BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 _DRAINING_TIME_S = 10  # that requests under way have at the end
 
 
-def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Return the ASGI application. Without tokens everyone who can reach it may do everything."""
+def create_app(
+    library: Urza,
+    tokens: Tokens,
+    *,
+    buses: Mapping[str, Oona] | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """Return the ASGI application. Without tokens everyone who can reach it may do everything.
+
+    ``buses`` leads, by name of the run, to controllers that may be asked.
+    """
     app = _Application(
         title="Urza",
         summary="Esper's library of blueprints, kernels and what became of them",
@@ -33,7 +45,8 @@ def create_app(library: Urza, tokens: Tokens, *, max_body_bytes: int = MAX_BODY_
         responses={status: {"model": Failure} for status in STATUS_OF.values()},
     )
     metrics = Metrics(library.forge_status)
-    app.include_router(all_routes(library, by_token=bool(tokens)))
+    app.include_router(library_routes(library, by_token=bool(tokens)))
+    app.include_router(run_routes(buses or {}, by_token=bool(tokens)))
 
     @app.get("/metrics", include_in_schema=False)
     def get_metrics() -> Response:

@@ -6,12 +6,17 @@ and prints it, once; ``esper urza key`` prints the public half of the evaluator'
 
 import argparse
 import logging
+import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+import esper.oona as oona
 from esper.errors import EsperError, LibraryError
+from esper.oona import Oona
+from esper.oona.address import parse_address
 from esper.urza.access import Role, add_token, load_tokens
 from esper.urza.keys import Keys
 from esper.urza.library import Urza
@@ -31,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--tokens", type=Path, help="file of known tokens, beside $URZA_TOKENS")
     serve.add_argument(
         "--trusted-key", type=Path, help="the evaluator's public key (default: $URZA_TRUSTED_KEY)"
+    )
+    serve.add_argument(
+        "--bus",
+        action="append",
+        metavar="URL",
+        help="Redis server of a run whose controller may be asked; the run is called as the URL's "
+        "namespace; may be given again (default: $REDIS_URL)",
     )
     serve.add_argument(
         "--max-body-mib", type=int, default=_MAX_BODY_MIB, help="refuse larger requests"
@@ -72,11 +84,12 @@ def _serve(options: argparse.Namespace) -> None:
     with (
         listen(options.host, options.port, tokens) as listener,
         Urza(options.library, trusted_key=options.trusted_key) as library,
+        _buses(options.bus or filter(None, [os.environ.get("REDIS_URL")])) as buses,
     ):
         scheme = "https" if options.certificate else "http"
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving on {scheme}://{host}:{listener.getsockname()[1]}", flush=True)
-        app = create_app(library, tokens, max_body_bytes=options.max_body_mib * 2**20)
+        app = create_app(library, tokens, buses=buses, max_body_bytes=options.max_body_mib * 2**20)
         server = make_server(
             app, certificate=options.certificate, certificate_key=options.certificate_key
         )
@@ -85,6 +98,19 @@ def _serve(options: argparse.Namespace) -> None:
         )  # uvicorn raises it again at the end
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+
+
+@contextmanager
+def _buses(urls: Iterable[str]) -> Iterator[dict[str, Oona]]:
+    """Connect to the buses of runs, by their names."""
+    buses: dict[str, Oona] = {}
+    with ExitStack() as stack:
+        for url in urls:
+            run = parse_address(url).namespace
+            if run in buses:
+                raise ValueError(f"two buses of the namespace {run!r}, which is a run's name")
+            buses[run] = stack.enter_context(closing(oona.connect(url)))
+        yield buses
 
 
 def _token(options: argparse.Namespace) -> None:

@@ -1,0 +1,55 @@
+"""Asks the controller at the other end of a bus: for its status, to pause, to go on."""
+
+import asyncio
+import uuid
+from typing import Any
+
+from esper.contracts import RequestKind, TamiyoRequest, TamiyoStatus, Topic
+from esper.errors import BusError
+from esper.oona.bus import Oona
+
+
+class Inquiry:
+    """Requests to the controller of one run, and its answers. Belongs to one event loop.
+
+    All of them share one consumer group, so that asking often leaves nothing behind on the bus.
+    """
+
+    def __init__(self, bus: Oona, sender_id: str):
+        self._bus = bus
+        self._sender_id = sender_id
+        self._answers = bus.subscribe(Topic.TAMIYO_STATUS, f"{sender_id}-{uuid.uuid4().hex[:8]}")
+        self._waiting: dict[str, asyncio.Future[TamiyoStatus]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def ask(self, kind: RequestKind, timeout_s: float) -> TamiyoStatus:
+        """Send a request and return its answer.
+
+        Raises ``TimeoutError`` if none comes: a controller that is there later obeys all the same.
+        Raises :class:`BusError` if the bus takes nothing any more.
+        """
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+        request = TamiyoRequest(kind=kind)
+        answer: asyncio.Future[TamiyoStatus] = asyncio.get_running_loop().create_future()
+        self._waiting[request.request_id] = answer
+        try:
+            self._bus.publish(Topic.TAMIYO_REQUESTS, self._sender_id, request)
+            either: set[asyncio.Future[Any]] = {answer, self._reading}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._waiting[request.request_id]
+        if answer.done():
+            return answer.result()
+        if self._reading.done():
+            self._reading.result()
+            raise BusError("the bus is closed")
+        raise TimeoutError(f"no controller has answered in {timeout_s:g} s")
+
+    async def _read(self) -> None:
+        async for message in self._answers:
+            status = message.payload
+            assert isinstance(status, TamiyoStatus)
+            answer = self._waiting.get(status.request_id or "")
+            if answer is not None and not answer.done():
+                answer.set_result(status)
