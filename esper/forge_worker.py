@@ -16,11 +16,13 @@ from contextlib import closing
 
 import esper.oona as oona
 from esper.config import EvaluatorSettings, ForgeSettings
-from esper.errors import EsperError
+from esper.errors import BusError, EsperError
 from esper.oona import Oona
 from esper.tezzeret import Tezzeret
 from esper.urabrask import Urabrask
 from esper.urza import Library, connect
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("tezzeret", "urabrask")
 
@@ -98,22 +100,32 @@ def configure_logging(name: str, *, verbose: bool) -> None:
 
 
 async def work(urza: Library, bus: Oona | None, options: argparse.Namespace) -> None:
-    """Run one worker until nothing waits, where there is no bus, or until a signal closes it."""
+    """Run one worker until nothing waits, where there is no bus, or until a signal closes it.
+
+    Raises :class:`BusError` if the bus ended without a signal: the worker was not to end then.
+    """
+    told = asyncio.Event()
     async with _WORKERS[options.role](urza, bus, options) as worker:
         running = asyncio.create_task(worker.run())
         loop = asyncio.get_running_loop()
 
-        def drain() -> None:
+        def drain(number: signal.Signals) -> None:
+            logger.info("told to stop by %s", number.name)
+            told.set()
             if bus is not None:
                 loop.run_in_executor(None, bus.close)  # it may wait for its server
             loop.call_later(options.drain_s, running.cancel)
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, drain)
+            loop.add_signal_handler(number, drain, number)
         try:
             await running
         except asyncio.CancelledError:
-            logging.getLogger(__name__).info("what was not finished was given back")
+            if not told.is_set():
+                raise
+            logger.info("what was not finished was given back")
+    if bus is not None and not told.is_set():
+        raise BusError("the bus has ended though nobody had told it to, see the log")
 
 
 def _make_tezzeret(urza: Library, bus: Oona | None, options: argparse.Namespace) -> Tezzeret:

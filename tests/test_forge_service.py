@@ -1,5 +1,8 @@
 """``esper forge``: real processes at one library, killed, told to stop, and sharing the work."""
 
+import argparse
+import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -15,9 +18,13 @@ from urza_backends import Place
 from urza_samples import submit
 from urza_servers import served
 
+import esper.forge_worker as forge_worker
 from esper import blueprints
 from esper.cli import main
 from esper.contracts import BlueprintStatus, Design, KernelStatus, Pipeline
+from esper.errors import BusError
+from esper.oona import MemoryBus
+from esper.tezzeret import Tezzeret
 from esper.tezzeret.trace import trace
 from esper.urza import Library, Urza
 from esper.urza.access import Tokens
@@ -134,6 +141,42 @@ def test_workers_stop_when_the_service_is_killed(tmp_path: Path) -> None:
             assert (tmp_path / "design" / "fifo").read_text() == "reached"
             process.kill()
         wait_for(lambda: urza.blueprint_status(blueprint_id)[0] is UNVALIDATED)
+
+
+def worker_options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    forge_worker.add_arguments(parser)
+    return argparse.Namespace(role="tezzeret", **vars(parser.parse_args(words)))
+
+
+async def test_a_worker_whose_bus_ends_by_itself_has_failed(tmp_path: Path) -> None:
+    with Urza(tmp_path / "library") as urza:
+        bus = MemoryBus()
+        bus.close()
+        with pytest.raises(BusError, match=r"^the bus has ended though nobody had told it to"):
+            await forge_worker.work(urza, bus, worker_options())
+
+
+async def test_a_worker_that_a_signal_stops_has_not_and_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "esper")
+    with Urza(tmp_path / "library") as urza:
+        bus = MemoryBus()
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+        await forge_worker.work(urza, bus, worker_options())
+    assert "told to stop by SIGTERM" in caplog.messages
+
+
+async def test_a_worker_that_is_cancelled_by_nobody_it_knows_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose_heart(_: Tezzeret) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Tezzeret, "run", lose_heart)
+    with Urza(tmp_path / "library") as urza, pytest.raises(asyncio.CancelledError):
+        await forge_worker.work(urza, MemoryBus(), worker_options())
 
 
 def test_the_status_is_printed(
