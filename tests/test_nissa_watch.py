@@ -113,7 +113,8 @@ def test_ctrl_c_ends_the_command(tmp_path):
         assert process.wait(60) == 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is not installed")
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor Chrome is installed")
 def test_a_browser_follows_the_run_to_its_end(server, tmp_path, monkeypatch):
     """The run moves on with each page that is asked for, so that no clock decides."""
     pages = 0
