@@ -114,6 +114,7 @@ def main() -> None:
         min_relative_improvement=0.05,
         warmup_epochs=8,
         max_parameters=options.max_parameters,
+        last_epoch=options.epochs - 1,
     )
     digits = load_digits()
     print("| policy | test loss | test accuracy | parameters | kept | test losses |")

@@ -72,6 +72,8 @@ class TamiyoSettings(Contract):
     warmup_epochs: int = Field(default=4, ge=0)
     cooldown_epochs: int = Field(default=2, ge=0)  # after an adaptation ended
     embargo_epochs: int = Field(default=4, ge=0)  # for a seed where a kernel was culled
+    # Of the run, if it is known: nothing begins that could not be judged, and undone, by then.
+    last_epoch: int | None = Field(default=None, ge=0)
     max_adaptations: int = Field(default=8, ge=0)
     max_concurrent: int = Field(default=1, ge=1)  # adaptations under way
     max_parameters: int | None = Field(default=None, ge=0)

@@ -1,7 +1,7 @@
 """The policies beside the default one, and the budgets that no policy can exceed."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -94,6 +94,36 @@ def test_a_seed_that_has_cost_the_host_more_than_chance_does_is_rolled_back(
     )  # the network of now would lose much without it, but stood at ``before`` when it came
     [command] = PlateauPolicy(LENIENT).decide(needed)
     assert command.kind is verdict
+
+
+BRIEF = GraftingStrategy(training_steps=10, grafting_steps=10, stabilization_steps=5)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda limits: PlateauPolicy(limits, BRIEF),
+        lambda limits: ScheduledPolicy([0], limits, BRIEF),
+        lambda limits: RandomPolicy(0, 1.0, limits, BRIEF),
+    ],
+    ids=["PlateauPolicy", "ScheduledPolicy", "RandomPolicy"],
+)
+@pytest.mark.parametrize(("last_epoch", "begun"), [(None, 1), (7, 1), (6, 0), (3, 0)])
+def test_nothing_begins_that_could_not_be_judged_before_the_end(
+    of: Callable[[TamiyoSettings], Policy], last_epoch: int | None, begun: int, kernel: KernelRecord
+) -> None:
+    """After epoch 3, of ten steps each, it takes 2.5 epochs to the test, one to obey its verdict."""
+    policy = of(LENIENT.model_copy(update={"last_epoch": last_epoch}))
+    assert len(policy.decide(view(kernel, FLAT))) == begun
+
+
+def test_after_the_first_epoch_its_own_steps_tell_how_long_one_is(kernel: KernelRecord) -> None:
+    [only] = epochs(FLAT[:1])
+    for last_epoch, begun in ((4, 1), (3, 0)):
+        limits = LENIENT.model_copy(update={"last_epoch": last_epoch})
+        policy = ScheduledPolicy([0], limits, BRIEF)
+        first = only.model_copy(update={"step": 10})
+        assert len(policy.decide(view(kernel, epochs=(first,)))) == begun
 
 
 def test_by_hand_nothing_happens_unasked(kernel: KernelRecord) -> None:

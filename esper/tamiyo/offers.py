@@ -26,7 +26,7 @@ class Offer:
     gain: float  # expected, for its cost; only comparisons mean something
 
 
-def may_begin(view: ModelView, settings: TamiyoSettings) -> bool:
+def may_begin(view: ModelView, settings: TamiyoSettings, strategy: GraftingStrategy) -> bool:
     """Say whether the rules on when and how often allow another adaptation."""
     changed = view.last_change_epoch
     return (
@@ -34,7 +34,24 @@ def may_begin(view: ModelView, settings: TamiyoSettings) -> bool:
         and view.num_adaptations < settings.max_adaptations
         and view.epoch >= settings.warmup_epochs
         and (changed is None or view.epoch - changed >= settings.cooldown_epochs)
+        and _can_be_judged(view, settings.last_epoch, strategy)
     )
+
+
+def _can_be_judged(view: ModelView, last_epoch: int | None, strategy: GraftingStrategy) -> bool:
+    """Say whether a seed that begins now is evaluated before the last epoch.
+
+    A verdict is obeyed between two steps, so it takes an epoch after the one whose end it follows.
+    """
+    if last_epoch is None:
+        return True
+    first, last = view.epochs[0], view.epochs[-1]
+    passed = last.epoch - first.epoch
+    steps_per_epoch = (last.step - first.step) / passed if passed else last.step
+    until_evaluated = (
+        strategy.training_steps + strategy.grafting_steps + strategy.stabilization_steps
+    )
+    return until_evaluated < (last_epoch - 1 - view.epoch) * steps_per_epoch
 
 
 def offers(view: ModelView, settings: TamiyoSettings) -> Iterator[Offer]:

@@ -27,7 +27,7 @@ class PlateauPolicy:
 
     def decide(self, view: ModelView) -> list[KasminaControlCommand]:
         commands = verdicts(view, self.settings.required_standard_errors)
-        if commands or not may_begin(view, self.settings):
+        if commands or not may_begin(view, self.settings, self.strategy):
             return commands
         trend = self._exhausted(view)
         offer = None if trend is None else best_offer(view, self.settings)

@@ -27,7 +27,11 @@ class ScheduledPolicy:
     def decide(self, view: ModelView) -> list[KasminaControlCommand]:
         commands = verdicts(view, self.settings.required_standard_errors)
         due = sum(epoch <= view.epoch for epoch in self.epochs)
-        if commands or view.num_adaptations >= due or not may_begin(view, self.settings):
+        if (
+            commands
+            or view.num_adaptations >= due
+            or not may_begin(view, self.settings, self.strategy)
+        ):
             return commands
         offer = best_offer(view, self.settings)
         if offer is None:
@@ -52,7 +56,11 @@ class RandomPolicy:
     def decide(self, view: ModelView) -> list[KasminaControlCommand]:
         commands = verdicts(view, self.settings.required_standard_errors)
         draws = random.Random(f"{self.seed}:{view.epoch}")
-        if commands or draws.random() >= self.rate or not may_begin(view, self.settings):
+        if (
+            commands
+            or draws.random() >= self.rate
+            or not may_begin(view, self.settings, self.strategy)
+        ):
             return commands
         on_offer = sorted(
             offers(view, self.settings), key=lambda o: (o.seed_id, o.kernel.artifact_id)
