@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 from redis_servers import LateProxy, RedisServer
 
 from esper.config import BusSettings
@@ -18,6 +19,7 @@ from esper.oona import MemoryBus, connect
 from esper.oona.address import parse_address
 from esper.oona.redis import RedisBus
 from esper.oona.spool import Spool, read_spool
+from esper.oona.streams import Taken
 
 pytestmark = pytest.mark.redis
 
@@ -328,6 +330,32 @@ async def test_a_full_server_is_waited_for(redis_server: RedisServer, open_bus: 
     assert "memory" in (bus._outbox.outage or "")
     client.config_set("maxmemory", 0)
     assert await take(stream, 2) == [1, 2]
+
+
+async def test_an_outage_that_only_a_consumer_meets_is_told_of_once(
+    open_bus: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to send, so the courier finds nothing wrong meanwhile."""
+    bus = open_bus(poll_s=0.02)
+    attempts = 0
+    really_take = bus._streams.take
+
+    async def take_or_fail(topic: Topic, group: str, count: int) -> list[Taken]:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 5:
+            raise OutOfMemoryError("used memory > 'maxmemory'")
+        return await really_take(topic, group, count)
+
+    monkeypatch.setattr(bus._streams, "take", take_or_fail)
+    stream = bus.subscribe(Topic.KERNEL_READY, "g")
+    waiting = asyncio.create_task(take(stream, 1))
+    await eventually(lambda: attempts > 5)
+    publish(bus, 1)
+    assert await waiting == [1]
+    await eventually(lambda: "is back" in caplog.text)
+    assert caplog.text.count("does not answer as it should") == 1
+    assert caplog.text.count("is back") == 1
 
 
 async def test_answers_that_come_too_late_are_never_taken_for_others(

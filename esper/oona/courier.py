@@ -38,6 +38,7 @@ class Courier:
     """The one task that sends, so that every topic keeps its order. Belongs to one event loop.
 
     ``place`` is what Redis is called in log lines; ``on_sent`` is called when something was sent.
+    ``is_taking`` says whether what is to be received can be: an outage lasts until it is so.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Courier:
         mail: Signal,
         place: str,
         on_sent: Callable[[], None],
+        is_taking: Callable[[], bool],
     ):
         self._streams = streams
         self._outbox = outbox
@@ -58,6 +60,7 @@ class Courier:
         self._mail = mail
         self._place = place
         self._on_sent = on_sent
+        self._is_taking = is_taking
         self._outage: _Outage | None = None
         self._surveyed_s = 0.0
         self._order = asyncio.Lock()  # nothing is half sent while a survey is made
@@ -125,7 +128,7 @@ class Courier:
             self._outage.pause_s = min(2 * self._outage.pause_s, self._settings.poll_s)
 
     def _end_outage(self) -> None:
-        if self._outage is None:
+        if self._outage is None or not self._is_taking():
             return
         logger.warning(
             "Redis at %s is back after %.1f s; %d telemetry messages were dropped, no control "

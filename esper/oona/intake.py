@@ -21,6 +21,9 @@ class Intake:
     """One task for one inbox. Belongs to one event loop.
 
     ``on_trouble`` is told when Redis fails, ``on_settled`` when something was settled.
+
+    Attributes: ``buried``, how many messages it has given up, and ``in_trouble``, whether Redis has
+    failed it the last time.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Intake:
     ):
         self.inbox = inbox
         self.buried = 0
+        self.in_trouble = False
         self._streams = streams
         self._outbox = outbox
         self._settings = settings
@@ -50,8 +54,9 @@ class Intake:
             try:
                 await self._serve()
                 pause_s = FIRST_PAUSE_S
+                self.in_trouble = False
             except UNREACHABLE as error:
-                self._is_unsure = True
+                self._is_unsure = self.in_trouble = True
                 self._on_trouble(error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, self._settings.poll_s)

@@ -214,6 +214,7 @@ class RedisBus(Oona):
             mail=self._mail,
             place=self._address.shown,
             on_sent=self._stir_those_who_wait,
+            is_taking=lambda: not any(intake.in_trouble for intake in self._intakes),
         )
 
     async def _run_tasks(self, client: Redis) -> None:
