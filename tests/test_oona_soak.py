@@ -21,7 +21,14 @@ from esper.oona.redis import RedisBus
 pytestmark = pytest.mark.redis
 
 LONGEST_OUTAGE_S = 1.0
+PUBLISHING_PAUSE_S = 0.01  # Redis is away for two thirds of the time, and all has to get through
 SETTLING_TIME_S = 60
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    duration_s = metafunc.config.getoption("--soak-s")
+    limit = pytest.mark.timeout(duration_s + 2 * SETTLING_TIME_S)
+    metafunc.parametrize("duration_s", [pytest.param(duration_s, marks=limit)], ids=["soak"])
 
 
 class Trainer:
@@ -40,7 +47,7 @@ class Trainer:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.002):
+        while not self._stop.wait(PUBLISHING_PAUSE_S):
             began_s = time.perf_counter()
             payload = KernelReady(artifact_id=f"{self.published:064x}")
             self._bus.publish(Topic.KERNEL_READY, "test", payload)
@@ -93,18 +100,18 @@ async def misfortunes(server: RedisServer, rng: random.Random, until_s: float) -
 
 
 async def test_nothing_is_lost_or_applied_twice_whatever_happens_to_redis(
-    redis_server: RedisServer, tmp_path: Path, request: pytest.FixtureRequest
+    redis_server: RedisServer, tmp_path: Path, duration_s: float
 ) -> None:
-    duration_s = request.config.getoption("--soak-s")
-    request.node.add_marker(pytest.mark.timeout(duration_s + 2 * SETTLING_TIME_S))
     settings = BusSettings(timeout_s=0.3, poll_s=0.1, spool_folder=tmp_path)
     publisher, *workers = (RedisBus(redis_server.url(), settings) for _ in range(3))
     applied: dict[str, Counter[str]] = {"shared": Counter(), "alone": Counter()}
     members = [(workers[0], "shared"), (workers[1], "shared"), (workers[0], "alone")]
     consumers = [asyncio.create_task(consume(bus, name, applied[name])) for bus, name in members]
     trainer = Trainer(publisher)
-    happened = await misfortunes(redis_server, random.Random(0), time.monotonic() + duration_s)
-    trainer.stop()
+    try:
+        happened = await misfortunes(redis_server, random.Random(0), time.monotonic() + duration_s)
+    finally:
+        trainer.stop()
     async with asyncio.timeout(SETTLING_TIME_S):
         await publisher.drained([Topic.KERNEL_READY])
     for bus in (publisher, *workers):
