@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from redis_servers import MakeBus
 from torch import Tensor, nn
 
 import esper
 from esper.config import SeedSettings
-from esper.contracts import HealthSignal, SeedState
+from esper.contracts import HealthBatch, HealthSignal, SeedState, Topic
 from esper.kasmina.health import health_batch
 from esper.kasmina.observation import Observation
 
@@ -136,3 +137,19 @@ def test_a_signal_tells_how_old_it_is_and_what_the_gradient_asked() -> None:
         assert signal.step == 2
         assert signal.staleness_steps == 1
         assert signal.gradient_energy == pytest.approx(1.0)  # of a sum
+
+
+async def test_ten_thousand_seeds_are_told_of_in_one_message(make_bus: MakeBus) -> None:
+    net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(100)))
+    model = esper.wrap(net, settings=SeedSettings(seeds_per_layer=100, observe_every=2))
+    observations: list[Observation] = []
+    model.kasmina.emit_observation = observations.append
+    for _ in range(4):
+        model(torch.randn(2, 100)).sum().backward()
+        model.step()
+    bus = make_bus()
+    bus.publish(Topic.SEED_HEALTH, "kasmina", health_batch(observations[0]))
+    message = await anext(bus.subscribe(Topic.SEED_HEALTH, "tamiyo"))
+    assert isinstance(message.payload, HealthBatch)
+    seen = {signal.seed_id for signal in message.payload.signals}
+    assert seen == {(str(layer), seed) for layer in range(100) for seed in range(100)}
