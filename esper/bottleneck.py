@@ -133,6 +133,7 @@ class _Bottleneck(torch.autograd.Function):
         ctx.save_for_backward(inp, hidden, lost, *leaves)
         # The leaves share the memory of the weights, and so the count of its changes.
         ctx.call = call
+        ctx.hooked = _hooks_on_saved_tensors(False) is not None
         return y
 
     @staticmethod
@@ -150,6 +151,7 @@ class _IsolatedBottleneck(torch.autograd.Function):
             raise RefusedError(str(error)) from error
         ctx.save_for_backward(inp, hidden, None, *leaves)
         ctx.call = call
+        ctx.hooked = _hooks_on_saved_tensors(False) is not None
         return y.detach()
 
     @staticmethod
@@ -161,6 +163,7 @@ class _IsolatedBottleneck(torch.autograd.Function):
 # What Function.apply does before it calls this one serves functorch alone, and takes a microsecond.
 _apply_bottleneck: Any = super(torch.autograd.Function, _Bottleneck).apply
 _apply_isolated: Any = super(torch.autograd.Function, _IsolatedBottleneck).apply
+_hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
 _transforms_active = torch._C._are_functorch_transforms_active
 _bottleneck = torch.ops.esper.bottleneck_.default
 _bottleneck_backward = torch.ops.esper.bottleneck_backward.default
@@ -182,15 +185,18 @@ def _bottleneck_grads(ctx: Any, grad: Tensor, needs_leaves: Sequence[bool]) -> l
     if not needs_inp and not needs_weights:
         return grads
     inp, hidden, lost, *leaves = ctx.saved_tensors
+    call = ctx.call
+    if ctx.hooked:  # the leaves may be copies, of what the weights were in the forward pass
+        call = (*_stacked(call[:4], leaves, len(call[5])), *call[4:])
     # Grad mode is on where these gradients will be differentiated again.
     if torch.is_grad_enabled():
-        return _differentiable_grads(grad, (inp, *leaves), (needs_inp, *needs_leaves), ctx.call)
-    stacked = _bottleneck_backward(grad, inp, hidden, lost, *ctx.call, needs_inp, needs_weights)
+        return _differentiable_grads(grad, (inp, *leaves), (needs_inp, *needs_leaves), call)
+    stacked = _bottleneck_backward(grad, inp, hidden, lost, *call, needs_inp, needs_weights)
     if needs_inp:
         grads[0] = stacked[0]
     if needs_weights:
-        given = [g for g, w in zip(stacked[1:], ctx.call[:4], strict=True) if w is not None]
-        seeds = ctx.call[5]
+        given = [g for g, w in zip(stacked[1:], call[:4], strict=True) if w is not None]
+        seeds = call[5]
         parts = given if len(seeds) == 1 else _by_seed(given, len(seeds))
         grads[1:] = [part if need else None for part, need in zip(parts, needs_leaves, strict=True)]
     return grads
@@ -230,12 +236,19 @@ def _branches(
     num_seeds: int,
 ) -> Tensor:
     """Compute the branches from the leaves, so that gradients reach these."""
-    per_seed = len(leaves) // num_seeds
-    stacks = iter([torch.cat([*leaves[kind::per_seed]]) for kind in range(per_seed)])
-    down, down_bias, up, up_bias = (None if w is None else next(stacks) for w in weights)
+    down, down_bias, up, up_bias = _stacked(weights, leaves, num_seeds)
     assert down is not None
     assert up is not None
     return reference.bottleneck_branches(inp, down, down_bias, up, up_bias, activation, num_seeds)
+
+
+def _stacked(
+    weights: Sequence[Tensor | None], leaves: Sequence[Tensor], num_seeds: int
+) -> list[Tensor | None]:
+    """Return what ``weights`` are, made of the leaves."""
+    per_seed = len(leaves) // num_seeds
+    stacks = iter([torch.cat([*leaves[kind::per_seed]]) for kind in range(per_seed)])
+    return [None if weight is None else next(stacks) for weight in weights]
 
 
 def _cells_of(seeds: Sequence[int], field: Tensor) -> Tensor:

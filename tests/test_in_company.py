@@ -224,6 +224,29 @@ def test_weights_of_the_last_of_a_group_lie_by_themselves() -> None:
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in kernel.parameters())
 
 
+@BUILDERS
+@STATES
+def test_weights_may_change_before_the_backward_pass_where_torch_allows_it(
+    state: SeedState, builder: Builder
+) -> None:
+    model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, state)
+    weights = [
+        *model[0].parameters(recurse=False),
+        *(weight for kernel in kernels(model) for weight in kernel.parameters()),
+    ]
+    inp = torch.linspace(-1, 1, 48).reshape(6, 8)
+    expected = torch.autograd.grad(model(inp).square().sum(), weights)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = model(inp).square().sum()
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(3)
+        found = torch.autograd.grad(loss, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert healthy(model, state)
+
+
 def test_an_error_in_a_hook_of_the_users_is_the_users() -> None:
     model = seeded(nn.Sequential(nn.Linear(8, 12)), seeds=3)
 
@@ -254,6 +277,28 @@ def test_torch_func_sees_the_blended_output(builder: Builder) -> None:
         rows = torch.vmap(lambda row: model(row[None])[0])(inp)
         torch.testing.assert_close(rows, model(inp))
     assert healthy(model, SeedState.GRAFTING)
+
+
+@BUILDERS
+@STATES
+def test_a_batch_of_backward_passes_is_refused_and_harms_nothing(
+    state: SeedState, builder: Builder
+) -> None:
+    model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, state)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.functional.jacobian(model, torch.randn(6, 8), vectorize=True)
+    assert healthy(model, state)
+
+
+@BUILDERS
+def test_a_seed_in_training_learns_from_the_output_of_a_frozen_host(builder: Builder) -> None:
+    model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, SeedState.TRAINING)
+    host = list(model[0].parameters(recurse=False))
+    for parameter in host:
+        parameter.requires_grad_(False)
+    model(torch.randn(6, 8)).square().sum().backward()
+    assert all(parameter.grad is None for parameter in host)
+    assert all(weight.grad is not None for k in kernels(model) for weight in k.parameters())
 
 
 @BUILDERS
