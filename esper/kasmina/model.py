@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KASMINA = "_esper_kasmina"
+_LOOKED_UP = ("forward", "__iter__")  # by dynamo, on the class of a model or of a Sequential
 
 
 class MorphableModel(nn.Module):
@@ -286,9 +287,9 @@ def _morphable_class(host: type[nn.Module]) -> type[nn.Module]:
         "__module__": host.__module__,
         "__qualname__": f"Morphable{host.__qualname__}",
         WRAPPED_FROM: host,
-        # The host's own function. Found further up, it made dynamo guard on every class on the way
-        # that it is not there: five guards, 1 % of a compiled nn.Linear(128, 64).
-        "forward": host.forward,
+        # The host's own functions. Found further up, they made dynamo guard on every class on the way
+        # that they are not there: five guards each, 1 % of a compiled nn.Linear(128, 64).
+        **{name: getattr(host, name) for name in _LOOKED_UP if hasattr(host, name)},
     }
     return type(host.__name__, (MorphableModel, host), members)
 
