@@ -31,6 +31,7 @@ from esper.errors import DistributedError, EsperError
 from esper.kasmina.bank import SeedBank
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.commands import Commands
+from esper.kasmina.dynamo_limit import warn_before_limit
 from esper.kasmina.enrollment import Enrollment
 from esper.kasmina.handles import LayerHandles
 from esper.kasmina.host_state import HostState, num_bytes
@@ -388,6 +389,9 @@ class Kasmina:
     def _admit(self, tenancy: Tenancy, reason: str = "loaded by hand") -> None:
         tenancy.layer.germinate(tenancy.seed_idx, tenancy.artifact_id, reason)
         self.tenancies[tenancy.layer.name, tenancy.seed_idx] = tenancy
+        root = self._root()
+        if root is not None and not self.compiled_blocks:
+            warn_before_limit(root, tenancy.layer.seed_name(tenancy.seed_idx))
 
     def _admit_remotely(self, tenancy: Tenancy) -> None:
         try:

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from esper.kasmina.kernel import Kernel
 from esper.kasmina.seat import Seat
 from esper.kasmina.seats import Seats, seats_of
 
+MAX_FORMS = 3
 Form = tuple[Any, ...]  # which seats a block has, in what state; () while all are dormant
 
 
@@ -30,6 +32,11 @@ def form_of(layers: Iterable[tuple[str, nn.Module]]) -> Form:
         if (seats := seats_of(layer)) is not None
         for seat in seats.occupants()
     )
+
+
+def num_forms(kernel: Kernel) -> int:
+    """Return how many forms :func:`forms` takes a new seat for ``kernel`` through."""
+    return MAX_FORMS if kernel.weights() else MAX_FORMS - 1
 
 
 def forms(seats: Seats, seat: Seat) -> Iterator[None]:
