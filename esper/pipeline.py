@@ -19,10 +19,13 @@ import esper.oona as oona
 import esper.urza as urza
 from esper.config import EvaluatorSettings, ForgeSettings, TamiyoSettings
 from esper.contracts import (
+    Contract,
     Design,
     EpochEvent,
     KasminaControlCommand,
+    KernelCharacterized,
     KernelQuery,
+    KernelStatus,
     LifecycleEvent,
     OonaMessage,
     SeedId,
@@ -37,6 +40,7 @@ from esper.kasmina.observation import Observation
 from esper.oona import Oona
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo
+from esper.tamiyo.offers import Offer
 from esper.tezzeret import Tezzeret
 from esper.tolaria import measure_epoch
 from esper.tolaria.evaluation import Batch, LossPerSample
@@ -129,6 +133,7 @@ class Pipeline:
         self._failure: BaseException | None = None
         self._unheard_observations = 0
         self._observations: asyncio.Queue[Observation] = asyncio.Queue()
+        self._foresight = asyncio.Lock()
         self._metrics_address = metrics_host, metrics_port
         self.metrics: Metrics | None = None
         if metrics_port is not None and not model.kasmina.follows:
@@ -332,6 +337,8 @@ class Pipeline:
             tasks.create_task(self._archive_lifecycle())
             tasks.create_task(self._publish_health())
             tasks.create_task(self._stock_library())
+            for topic in (Topic.EPOCH, Topic.KERNEL_CHARACTERIZED):
+                tasks.create_task(self._look_ahead(topic))
             if self._listeners:
                 for topic in sorted(set(Topic) - TELEMETRY):
                     tasks.create_task(self._listen(topic))
@@ -398,6 +405,18 @@ class Pipeline:
                 except EsperError as error:  # also of a design that crashed or hung its process
                     logger.warning("design %s for %s: %s", design.name, layer_names, error)
 
+    async def _look_ahead(self, topic: Topic) -> None:
+        """Have blocks that are compiled in the background prepare for what may germinate next."""
+        async for message in self.bus.subscribe(topic, "compiler"):
+            blocks = self.model.kasmina.compiled_blocks
+            if any(block.looks_ahead() for block in blocks) and not _is_refusal(message.payload):
+                async with self._foresight:
+                    await asyncio.to_thread(self._foresee, await self.tamiyo.prospects())
+
+    def _foresee(self, prospects: list[Offer]) -> None:
+        for offer in prospects:
+            self.model.kasmina.foresee(offer.seed_id, offer.kernel.artifact_id)
+
     def _sites(self) -> dict[tuple[SiteSignature, str], list[str]]:
         """Return the distinct sites of the model, and which layers have them."""
         sites: dict[tuple[SiteSignature, str], list[str]] = {}
@@ -417,6 +436,11 @@ class Pipeline:
             device=self.model.kasmina.bank.device.type,
             preferred_tags=self._preferred_tags,
         )
+
+
+def _is_refusal(payload: Contract) -> bool:
+    """Whether it tells of a kernel that Urabrask did not validate."""
+    return isinstance(payload, KernelCharacterized) and payload.status is not KernelStatus.VALIDATED
 
 
 def _dtype_name(layer: KasminaLayer) -> str:

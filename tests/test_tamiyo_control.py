@@ -169,6 +169,23 @@ async def test_while_paused_nothing_begins_but_what_is_under_way_is_judged(
     assert [c.kind for c in run.commands] == [CommandKind.GERMINATE, CommandKind.KEEP]
 
 
+async def test_prospects_are_the_free_seeds_by_expected_gain_and_no_decision(
+    kernel: KernelRecord, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    run = Run(kernel, journal=journal)
+    signals = (signal(("fc", 0), 1.0), signal(("fc", 1), 3.0))
+    await run.hear(Topic.SEED_HEALTH, HealthBatch(signals=signals))
+    told = journal.read_text()
+    prospects = await run.tamiyo.prospects()
+    assert [offer.seed_id for offer in prospects] == [("fc", 1), ("fc", 0)]
+    assert {offer.kernel.artifact_id for offer in prospects} == {kernel.artifact_id}
+    assert journal.read_text() == told
+    assert run.commands == []
+    await run.plateau()  # seed 1 germinates
+    assert [offer.seed_id for offer in await run.tamiyo.prospects()] == [("fc", 0)]
+
+
 async def test_requests_come_over_the_bus_and_are_answered(
     make_bus: MakeBus, kernel: KernelRecord
 ) -> None:

@@ -46,7 +46,12 @@ class BackgroundCompiler:
 
     def submit(self, graphs: Sequence[Header]) -> "Future[None]":
         """Have graphs compiled; the future raises what went wrong there."""
-        return asyncio.run_coroutine_threadsafe(self._jobs.run(graphs), self._loop)
+        self._last = asyncio.run_coroutine_threadsafe(self._jobs.run(graphs), self._loop)
+        return self._last
+
+    def is_idle(self) -> bool:
+        """Whether all that was submitted is done, which is done in that order."""
+        return self._last.done()
 
 
 class _Jobs:
@@ -102,6 +107,8 @@ class BackgroundVariants:
         inductor = torch._TorchCompileInductorWrapper(mode, patches, options.get("dynamic"))
         self._config = inductor.config
         tracing = {k: v for k, v in options.items() if k not in ("backend", "mode", "options")}
+        # What is foreseen and never comes is traced, too.
+        tracing["recompile_limit"] = torch._dynamo.config.accumulated_recompile_limit
         isolated: Any = torch.compile  # whose annotations lack what isolates
         self._traced: Callable[..., Any] = isolated(
             call, backend=self._take_down, isolate_recompiles=True, **tracing

@@ -36,6 +36,7 @@ def compile(  # noqa: A001 - as torch.compile
     ahead: Iterable[str] = (),
     on_germination: OnGermination = "stall",
     recompile_limit: int = 64,
+    ahead_limit: int = 8,
     **torch_compile_options: Any,
 ) -> MorphableModel:
     """Compile a wrapped model block by block, in place, and return it.
@@ -51,8 +52,10 @@ def compile(  # noqa: A001 - as torch.compile
     met as ``on_germination`` says: ``"stall"`` compiles in the step that needs it, ``"eager"``
     runs the block uncompiled until :func:`catch_up`, ``"background"`` until a child process has
     compiled it into Inductor's cache on disk, from where it is then loaded; ``ahead`` and the forms
-    that a seed is still to take are compiled there, too. ``recompile_limit`` is the number of
-    variants that the blocks of one class may have together; the last but one is warned of.
+    that a seed is still to take are compiled there, too. So is, while an :class:`esper.Pipeline`
+    runs, what the controller may germinate next, before it does: for the blocks of one class at
+    most ``ahead_limit`` kernels at one seed each. ``recompile_limit`` is the number of variants
+    that the blocks of one class may have together; the last but one is warned of.
 
     Raises ``TypeError`` if the model is not wrapped, ``ValueError`` for an unknown block or option,
     :class:`EsperError` for a model that is compiled already, for ``ahead`` without a library,
@@ -77,6 +80,8 @@ def compile(  # noqa: A001 - as torch.compile
         )
     if recompile_limit < 2:
         raise ValueError(f"recompile_limit must be at least 2, got {recompile_limit}")
+    if ahead_limit < 0:
+        raise ValueError(f"ahead_limit must be at least 0, got {ahead_limit}")
     if isinstance(ahead, str):
         raise TypeError(f"ahead must be a list of artifact ids, got {ahead!r}")
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
@@ -93,7 +98,12 @@ def compile(  # noqa: A001 - as torch.compile
         cls = own_class(type(module))
         if cls not in by_class:
             by_class[cls] = Blocks(
-                cls.__name__, on_germination, recompile_limit, torch_compile_options, compiler
+                cls.__name__,
+                on_germination,
+                recompile_limit,
+                ahead_limit,
+                torch_compile_options,
+                compiler,
             )
         block = CompiledBlock(name, module, model, by_class[cls], artifacts)
         kasmina.compiled_blocks.append(block)

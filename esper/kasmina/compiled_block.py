@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -18,18 +19,16 @@ from torch.utils import _pytree as pytree
 
 from esper.errors import ArtifactMismatchError
 from esper.kasmina.background import BackgroundCompiler, BackgroundVariants, Variant
-from esper.kasmina.bank import SeedBank, SeedCells
-from esper.kasmina.forms import Form, form_of, forms, later_forms
+from esper.kasmina.forms import Form, form_of, num_forms
+from esper.kasmina.growth import Growth, later, one_by_one, seated
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
-from esper.kasmina.morph import lend_class
-from esper.kasmina.seats import SEATS, Seats, seats_of
 
 logger = logging.getLogger(__name__)
 
 OnGermination = Literal["stall", "eager", "background"]
-Growth = Callable[[nn.Module], Iterator[None]]  # takes a copy of a block through forms
+Place = tuple[str, int, str]  # a layer by its name in the block, a seed there, an artifact for it
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class BlockReport:
     num_recompiles: int  # calls after the first compiled one that compiled again
     stall_s: float  # seconds of those recompiles, in which training stood still
     runs_compiled: bool  # False until the first compile, and while it waits for one
-    num_pending: int  # variants of its class that are being compiled in the background
+    num_pending: int  # variants that are compiled in the background, or wait for it
 
 
 class Blocks:
@@ -53,6 +52,7 @@ class Blocks:
         class_name: str,
         on_germination: OnGermination,
         recompile_limit: int,
+        ahead_limit: int,
         options: dict[str, Any],
         compiler: BackgroundCompiler | None,
     ):
@@ -61,15 +61,28 @@ class Blocks:
         self.known: set[Form] = {()}
         options = {**options, "recompile_limit": recompile_limit}
         isolated: Any = torch.compile  # whose annotations lack what isolates
-        self.run: Callable[..., Any] = isolated(_call, isolate_recompiles=True, **options)
+        self.run: Callable[..., Any] = isolated(own_call(), isolate_recompiles=True, **options)
         self.compiler = compiler
-        self.background = None if compiler is None else BackgroundVariants(_call, compiler, options)
+        self.background = (
+            None if compiler is None else BackgroundVariants(own_call(), compiler, options)
+        )
+        self.foreseen: dict[Place, Kernel] = {}
+        self.traced_ahead: set[tuple[Place, int, Variant]] = set()
+        self._ahead_limit = ahead_limit
         self._limit = min(recompile_limit, torch._dynamo.config.accumulated_recompile_limit)
         self._num_compiled_calls = 0
 
     def may_compile(self, form: Form) -> bool:
         """Whether what is missing for a form may be compiled in the step that needs it."""
         return self.on_germination == "stall" or form in self.known
+
+    def looks_ahead(self) -> bool:
+        """Whether there is a child that may compile what may germinate."""
+        return self.background is not None and self._ahead_limit > 0
+
+    def may_foresee(self, place: Place) -> bool:
+        has_room = place in self.foreseen or len(self.foreseen) < self._ahead_limit
+        return self.looks_ahead() and has_room
 
     def count(self, block: str) -> None:
         """Count one call that compiled, and warn at the last one before the limit."""
@@ -89,6 +102,14 @@ class Blocks:
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # A function outside torch.nn, whose own modules dynamo would otherwise decline to compile.
     return module._call_impl(*args, **kwargs)
+
+
+def own_call() -> Callable[..., Any]:
+    """Return a function that calls a module, with code that no other function has.
+
+    Dynamo's accumulated limit counts the variants of one code object, whoever they are isolated for.
+    """
+    return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
 
 
 class CompiledBlock:
@@ -122,6 +143,8 @@ class CompiledBlock:
         self._as_of = -1  # the transition after which the form was looked up
         self._is_in_cache = False  # the variant that was called last; in the background alone
         self._to_trace: deque[Growth] = deque()  # forms to come
+        self._foreseen: deque[tuple[Place, int, Growth]] = deque()  # forms that may come
+        self._places: set[Place] = set()  # of what may come
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Somebody compiles what the block is part of, or its layers report to observers.
@@ -136,6 +159,8 @@ class CompiledBlock:
             self._grow_ahead(artifacts, args, kwargs)
         if self._as_of != self._kasmina.num_transitions:
             self._look_up_form()
+        if self._foreseen and self._has_run and self._is_training():
+            self._look_ahead(args, kwargs)
         if self.blocks.may_compile(self._form):
             return self._run(self.module, args, kwargs)
         if self.blocks.background is not None:
@@ -157,6 +182,31 @@ class CompiledBlock:
         self._look_up_form()
         self.blocks.known.add(self._form)
 
+    def looks_ahead(self) -> bool:
+        """Whether :meth:`foresee` does anything."""
+        return self.blocks.looks_ahead()
+
+    def foresee(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> None:
+        """Have what a germination would make of the block compiled, as long as it is dormant.
+
+        The kernel is loaded here; the training thread will trace one form at a time, whenever the
+        child has nothing else to do. Any thread, but one at a time. Raises :class:`EsperError` if
+        the kernel cannot be loaded.
+        """
+        name = next((name for name, inside in self._layers if inside is layer), None)
+        if name is None or self._form:
+            return
+        place = (name, seed_idx, artifact_id)
+        if place in self._places or not self.blocks.may_foresee(place):
+            return
+        kernel = self.blocks.foreseen.get(place)
+        if kernel is None:
+            kernel = self._kasmina.load(layer, seed_idx, artifact_id)
+            self.blocks.foreseen[place] = kernel
+        growths = one_by_one(seated(name, layer, seed_idx, kernel), num_forms(kernel))
+        self._foreseen.extend((place, *numbered) for numbered in enumerate(growths))
+        self._places.add(place)
+
     def report(self) -> BlockReport:
         return BlockReport(
             self.name,
@@ -165,7 +215,9 @@ class CompiledBlock:
             self.num_recompiles,
             self.stall_s,
             self._has_run and self.runs_compiled,
-            0 if self.blocks.background is None else self.blocks.background.num_pending,
+            0
+            if self.blocks.background is None
+            else self.blocks.background.num_pending + len(self._foreseen),
         )
 
     def _is_training(self) -> bool:
@@ -178,14 +230,12 @@ class CompiledBlock:
             return
         self._form = form
         self._is_in_cache = False
+        self._places.clear()
+        self._foreseen.clear()
         if self.blocks.may_compile(form):
             self._to_trace.clear()
         elif self.blocks.background is not None:
             self._to_trace = deque(self._growths_to_come())
-            logger.info(
-                "block '%s': runs uncompiled while its new form is compiled in the background",
-                self.name,
-            )
         else:
             logger.info("block '%s': runs uncompiled in its new form until catch_up()", self.name)
 
@@ -223,6 +273,7 @@ class CompiledBlock:
         """Run compiled if the variant is in the cache, else uncompiled, traced the first time."""
         variant = _variant(self._form, self.module, args, kwargs)
         if not background.is_known(variant):
+            logger.info("block '%s': runs uncompiled until a child has compiled it", self.name)
             return self._trace(background, variant, self.module, args, kwargs)
         if self._to_trace and self._is_training():  # the present form first, and one in a step
             self._run_copy(self._to_trace.popleft(), args, kwargs)
@@ -268,8 +319,26 @@ class CompiledBlock:
         """Yield what makes of a copy of the block each of the forms that its seats will give it."""
         for name, layer in self._layers:
             for seat in layer.occupants():
-                for num_forms in range(1, 1 + seat.isolated + seat.learns):
-                    yield _later(name, seat.seed_idx, num_forms)
+                yield from one_by_one(later(name, seat.seed_idx), seat.isolated + seat.learns)
+
+    def _look_ahead(self, args: Any, kwargs: Any) -> None:
+        """Have the child compile one form that may come, if it has nothing to do.
+
+        Nothing has germinated yet, so that whatever goes wrong is no reason to end training.
+        """
+        assert self.blocks.compiler is not None
+        while self._foreseen and self.blocks.compiler.is_idle():
+            place, number, growth = self._foreseen.popleft()
+            ahead = (place, number, _variant(self._form, self.module, args, kwargs))
+            if ahead in self.blocks.traced_ahead:
+                continue
+            self.blocks.traced_ahead.add(ahead)
+            try:
+                self._run_copy(growth, args, kwargs)
+            except Exception:
+                self._foreseen.clear()
+                logger.exception("block '%s': what may germinate is not compiled ahead", self.name)
+            return
 
     # ------------------------------------------------------------------ copies in other forms
 
@@ -278,7 +347,7 @@ class CompiledBlock:
         start_s = time.perf_counter()
         for name, layer in self._layers:
             for kernel in self._kernels(layer, artifacts):
-                self._run_copy(_seated(name, layer, kernel), args, kwargs)
+                self._run_copy(seated(name, layer, 0, kernel), args, kwargs)
         logger.info(
             "block '%s': %s ahead in %.2f s",
             self.name,
@@ -329,36 +398,6 @@ def _variant(form: Form, module: nn.Module, args: Any, kwargs: Any) -> Variant:
         if isinstance(leaf, Tensor)
     )
     return form, module.training, torch.is_grad_enabled(), inputs
-
-
-def _seated(name: str, layer: KasminaLayer, kernel: Kernel) -> Growth:
-    """Take a copy through the forms that a kernel for the layer's first seed gives it."""
-
-    def grow(twin: nn.Module) -> Iterator[None]:
-        host = twin.get_submodule(name)
-        cells = SeedCells(SeedBank(layer.num_seeds, layer.device), 0, layer.num_seeds)
-        seat = layer.make_seat(0, kernel, cells)
-        seats = Seats()
-        host.add_module(SEATS, seats)
-        lend_class(host)
-        yield from forms(seats, seat)
-
-    return grow
-
-
-def _later(name: str, seed_idx: int, num_forms: int) -> Growth:
-    """Take a copy to the form that one of its seats has so many forms later."""
-
-    def grow(twin: nn.Module) -> Iterator[None]:
-        seats = seats_of(twin.get_submodule(name))
-        assert seats is not None
-        seat = seats.occupant(seed_idx)
-        assert seat is not None
-        for number, _ in enumerate(later_forms(seats, seat), 1):
-            if number == num_forms:
-                yield
-
-    return grow
 
 
 def _backward(out: Any) -> None:

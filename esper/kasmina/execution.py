@@ -138,6 +138,17 @@ class Kasmina:
         else:
             self.peers.submit(command)
 
+    def foresee(self, seed_id: SeedId, artifact_id: str) -> None:
+        """Have blocks that are compiled in the background prepare for what may germinate.
+
+        Any thread, but one at a time.
+        """
+        try:
+            for block in self.compiled_blocks:
+                block.foresee(self.layer(seed_id[0]), seed_id[1], artifact_id)
+        except EsperError as error:
+            logger.warning("kernel %s is not compiled ahead: %s", artifact_id[:12], error)
+
     @property
     def follows(self) -> bool:
         """Whether another rank decides over the seeds."""

@@ -30,6 +30,7 @@ from esper.tamiyo.budget import why_not
 from esper.tamiyo.explosion import rollbacks
 from esper.tamiyo.history import History, HistoryRecord
 from esper.tamiyo.journal import Journal, Library, QueryFor
+from esper.tamiyo.offers import Offer, best_offers
 from esper.tamiyo.plateau import PlateauPolicy
 from esper.tamiyo.policy import Policy
 
@@ -65,6 +66,7 @@ class Tamiyo:
         journal: Path | None = None,
     ):
         self._bus = bus
+        self._unrecorded = library, query_for
         self._journal = None if journal is None else Journal(journal, library, query_for)
         self._library: Library = self._journal or library
         self._query_for: QueryFor = query_for if self._journal is None else self._journal.query_for
@@ -150,13 +152,23 @@ class Tamiyo:
         status = self.status(request.request_id)
         self._bus.publish(Topic.TAMIYO_STATUS, "tamiyo", status)
 
+    async def prospects(self) -> list[Offer]:
+        """Return what may germinate next, by the default policy's measure, the likeliest first.
+
+        Each free seed with the kernel that the library ranks first there. Decides nothing, and the
+        journal does not hear of it.
+        """
+        async with self._turn:
+            view = self._history.view(self._candidates(*self._unrecorded))
+        return await asyncio.to_thread(best_offers, view, self._settings)
+
     # ------------------------------------------------------------------ decisions
 
     async def _end_of_epoch(self, event: EpochEvent) -> None:
         self._history.note_epoch(event)
         commands = rollbacks(self._history, self._settings.explosion_factor)
         if not commands:
-            view = self._history.view(self._candidates())
+            view = self._history.view(self._candidates(self._library, self._query_for))
             commands = await asyncio.to_thread(self._policy.decide, view)
         for command in commands:
             await self._issue(command)
@@ -203,12 +215,14 @@ class Tamiyo:
             await asyncio.to_thread(self._library.record_field_report, report)
             self._bus.publish(Topic.FIELD_REPORTS, "tamiyo", report)
 
-    def _candidates(self) -> Callable[[SeedId], Sequence[KernelRecord]]:
+    def _candidates(
+        self, library: Library, query_for: QueryFor
+    ) -> Callable[[SeedId], Sequence[KernelRecord]]:
         """Return a function that asks the library once for each distinct site."""
-        ask = functools.cache(self._library.query)
+        ask = functools.cache(library.query)
 
         def candidates(seed_id: SeedId) -> Sequence[KernelRecord]:
-            query = self._query_for(seed_id)
+            query = query_for(seed_id)
             return [] if query is None else ask(self._within_means(query))
 
         return candidates

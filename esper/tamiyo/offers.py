@@ -63,12 +63,17 @@ def offers(view: ModelView, settings: TamiyoSettings) -> Iterator[Offer]:
                 yield Offer(seed_id, kernel, _gain_for_cost(view, seed_id, kernel))
 
 
-def best_offer(view: ModelView, settings: TamiyoSettings) -> Offer | None:
-    """Return the seed with the largest gain, with the kernel that the library ranks first there."""
+def best_offers(view: ModelView, settings: TamiyoSettings) -> list[Offer]:
+    """Return the kernel that the library ranks first for each seed, the largest gain first."""
     first: dict[SeedId, Offer] = {}
     for offer in offers(view, settings):
         first.setdefault(offer.seed_id, offer)
-    return min(first.values(), key=lambda offer: (-offer.gain, offer.seed_id), default=None)
+    return sorted(first.values(), key=lambda offer: (-offer.gain, offer.seed_id))
+
+
+def best_offer(view: ModelView, settings: TamiyoSettings) -> Offer | None:
+    """Return the seed with the largest gain, with the kernel that the library ranks first there."""
+    return next(iter(best_offers(view, settings)), None)
 
 
 def free_seeds(view: ModelView, settings: TamiyoSettings) -> list[SeedId]:
@@ -77,8 +82,13 @@ def free_seeds(view: ModelView, settings: TamiyoSettings) -> list[SeedId]:
         seed_id
         for seed_id in view.health
         if view.states.get(seed_id, SeedState.DORMANT) is SeedState.DORMANT
-        and view.epoch - view.last_failure_epoch.get(seed_id, -math.inf) >= settings.embargo_epochs
+        and not _is_under_embargo(view, seed_id, settings)
     ]
+
+
+def _is_under_embargo(view: ModelView, seed_id: SeedId, settings: TamiyoSettings) -> bool:
+    failed = view.last_failure_epoch.get(seed_id)
+    return failed is not None and view.epoch - failed < settings.embargo_epochs
 
 
 def germinate(
