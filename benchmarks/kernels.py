@@ -64,7 +64,7 @@ class Kernels:
             artifact_id = self.artifact(design, layer.site(seed_idx))
             if not self._runner.run(layer.load_kernel(seed_idx, artifact_id, alpha=1.0)):
                 raise RuntimeError(f"{layer.seed_name(seed_idx)}: {design} was not loaded")
-            _randomize(layer, seed_idx)
+            randomize(layer, seed_idx)
         model.kasmina.close()
         return model
 
@@ -81,7 +81,7 @@ class Kernels:
         for layer, seed_idx in _places(model, seeds):
             if layer.state(seed_idx) is not SeedState.TRAINING:
                 raise RuntimeError(f"{layer.seed_name(seed_idx)}: {layer.state(seed_idx).name}")
-            _randomize(layer, seed_idx)
+            randomize(layer, seed_idx)
         return model
 
     def compile(
@@ -101,13 +101,6 @@ class Kernels:
         """What the signatures of :meth:`compile` hold for."""
         return self.library().trusted_key
 
-    def connected(
-        self, net: nn.Module, inp: Tensor, layer_name: str, design: str, *, seeds_per_layer: int
-    ) -> tuple[MorphableModel, str]:
-        """Return a dormant copy of ``net``, and the artifact of a kernel for a layer's first seed."""
-        model = self.wrapped(net, inp, seeds_per_layer)
-        return model, self.artifact(design, model.kasmina_layers[layer_name].site(0))
-
     def wrapped(self, net: nn.Module, inp: Tensor, seeds_per_layer: int) -> MorphableModel:
         """Return a wrapped copy of ``net``, connected to the library; steps wait for kernels."""
         update = {"seeds_per_layer": seeds_per_layer, "deterministic": True}
@@ -123,9 +116,14 @@ class Kernels:
             self._library = self._runner.run(self._open_library())
         return self._library
 
+    def folder(self) -> Path:
+        """Return where that library is."""
+        self.library()
+        return self._folder
+
     async def _open_library(self) -> esper.Urza:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-        library = self._stack.enter_context(esper.Urza(Path(folder)))
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        library = self._stack.enter_context(esper.Urza(self._folder))
         self._forge = await self._stack.enter_async_context(
             esper.Tezzeret(library, device=self._device.type)
         )
@@ -159,7 +157,7 @@ def _places(model: MorphableModel, seeds: Seeds) -> list[tuple[KasminaLayer, int
     return [(model.kasmina_layers[name], seed_idx) for name in seeds for seed_idx in seeds[name]]
 
 
-def _randomize(layer: KasminaLayer, seed_idx: int) -> None:
+def randomize(layer: KasminaLayer, seed_idx: int) -> None:
     """Draw the kernel's weights: a fresh one adds exactly nothing, which would check nothing."""
     kernel = layer.kernel(seed_idx)
     assert kernel is not None

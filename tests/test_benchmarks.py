@@ -18,8 +18,18 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import findings, instructions, peers, plot, run
-from benchmarks.cases import CASES, active, bandwidth, bank, dormant, isolated, observed
+from benchmarks.cases import (
+    CASES,
+    active,
+    bandwidth,
+    bank,
+    compiled,
+    dormant,
+    isolated,
+    observed,
+)
 from benchmarks.clocks import Work
+from benchmarks.compiled_life import WAYS
 from benchmarks.gate import WrongResultError, check_alike, check_close, check_identical
 from benchmarks.harness import (
     MIN_ROUNDS,
@@ -476,6 +486,20 @@ def test_trials_have_names_of_their_own(kernels: Kernels) -> None:
     for case in timed:
         names = [trial.name for trial in case.trials(plan, kernels)]
         assert len(set(names)) == len(names)
+
+
+def test_a_compiled_life_that_goes_wrong_is_not_timed(kernels: Kernels, tmp_path: Path) -> None:
+    with pytest.raises(WrongResultError, match="nowhere: KeyError: 'nowhere'"):
+        compiled.told("nowhere", tmp_path, kernels)
+
+
+def test_every_row_of_the_compiled_lives_says_which_way_it_is_of() -> None:
+    forms = {"TRAINING": 1.0, "GRAFTING": 1.0, "STABILIZATION": 1.0}
+    told = {"dormant_ms": 1.0, "longest_ms": forms, "life_s": 1.0}
+    told |= {"num_graphs": 3, "num_at_culling": 1}
+    found = [row for way in WAYS for row in compiled.rows(compiled.NAMES[way], told)]
+    assert len({finding.row for finding in found}) == 6 * len(WAYS)
+    assert [finding.met for finding in found if finding.target] == [False] * len(WAYS)
 
 
 def test_plots_show_ratios_and_curves(tmp_path: Path) -> None:

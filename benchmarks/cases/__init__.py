@@ -60,7 +60,7 @@ CASES = {
     "evaluate": Case(samples=evaluate.samples),
     "bank": Case(bank.trials, bank.counts),
     "telemetry": Case(telemetry.trials, telemetry.counts),
-    "compile": Case(compiled.trials, compiled.counts),
+    "compile": Case(samples=compiled.samples),
     "load": Case(samples=load.samples),
     "swap": Case(samples=swap.samples),
     "stall": Case(samples=stall.samples),

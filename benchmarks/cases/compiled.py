@@ -1,8 +1,9 @@
 """How long does training stand still when a compiled model grows?
 
-Each way of compiling lives in a process of its own, with an empty cache, and goes through the same
-life: a few dormant steps, a germination, and the three forms that a seed gives its block. What
-counts is the longest step of each form against the median of the dormant ones.
+Each way of compiling lives in a process of its own and goes through the same life: a few dormant
+steps, a germination, and the three forms that a seed gives its block. What counts is the longest
+step of each form against the median of the dormant ones. The processes begin with equal caches,
+which hold what the dormant model is compiled to and nothing else.
 """
 
 import json
@@ -12,55 +13,58 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled_life import WAYS, made_by
 from benchmarks.context import ROOT
-from benchmarks.harness import Plan, Trial
+from benchmarks.gate import WrongResultError
+from benchmarks.harness import Plan
 from benchmarks.kernels import Kernels
 from benchmarks.rows import Baseline, Finding
 
-WAYS = ("whole", "stall", "ahead", "eager", "background", "background, ahead")
 NAMES = {
     "whole": "torch.compile(model)",
-    "stall": "block by block",
-    "ahead": "block by block, ahead",
-    "eager": "block by block, on_germination='eager'",
-    "background": "block by block, on_germination='background'",
-    "background, ahead": "block by block, 'background' and ahead",
+    "stall": "esper.compile(model)",
+    "ahead": "esper.compile(model, ahead=...)",
+    "eager": "on_germination='eager'",
+    "background": "on_germination='background'",
+    "foreseen": "'background', compiled before germination",
 }
 TIMEOUT_S = 600.0
 
 
-def trials(plan: Plan, kernels: Kernels) -> list[Trial]:
-    """Return none: what is measured happens once in a process."""
-    return []
-
-
-def counts(plan: Plan) -> Iterator[Finding]:
+def samples(plan: Plan, kernels: Kernels) -> Iterator[Finding]:
     """Yield the longest steps of one life, compiled in each way."""
     if plan.quick or plan.device.type != "cpu":
         return
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         print("torch.compile is not measured: no C++ compiler is found", file=sys.stderr)
         return
-    for way in WAYS:
-        yield from rows(NAMES[way], life(way))
+    with tempfile.TemporaryDirectory() as folder:
+        dormant = Path(folder, "dormant")
+        told("dormant", dormant, kernels)
+        for way in WAYS:
+            cache = Path(folder, way)
+            shutil.copytree(dormant, cache)
+            yield from rows(NAMES[way], json.loads(told(way, cache, kernels)))
 
 
-def life(way: str) -> dict[str, Any]:
+def told(way: str, cache: Path, kernels: Kernels) -> str:
     """Return what one process tells of the life that it went through; see compiled_life.py."""
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.compiled_life", way],
-            cwd=ROOT,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=True,
-        )
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    arguments = [way, str(kernels.folder()), made_by(kernels)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled_life", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise WrongResultError(f"{NAMES.get(way, way)}: {done.stderr.splitlines()[-1]}")
+    return done.stdout
 
 
 def rows(name: str, told: dict[str, Any]) -> Iterator[Finding]:
