@@ -201,7 +201,7 @@ class CompiledBlock:
             return
         kernel = self.blocks.foreseen.get(place)
         if kernel is None:
-            kernel = self._kasmina.load(layer, seed_idx, artifact_id)
+            kernel = self._kasmina.loads.load(layer, seed_idx, artifact_id)
             self.blocks.foreseen[place] = kernel
         growths = one_by_one(seated(name, layer, seed_idx, kernel), num_forms(kernel))
         self._foreseen.extend((place, *numbered) for numbered in enumerate(growths))
