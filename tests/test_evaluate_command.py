@@ -30,6 +30,7 @@ def test_a_folder_is_judged_and_shown(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"kernel {residual_mlp()[0].artifact_id}: VALIDATED" in shown.replace("\n", "")
     assert "second_backward" in shown
     assert "samples/s" in shown
+    assert "why by them: without a library there is nothing to learn from" in shown
     html = page.read_text()
     assert html.startswith("<!DOCTYPE html>")
     assert "second_backward" in html

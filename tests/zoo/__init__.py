@@ -8,7 +8,7 @@ candidate's process, where it is missing the artifact's own loader does. A hosti
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -47,6 +47,7 @@ def names(kind: str) -> list[str]:
     return sorted(path.stem for path in (FOLDER / kind).glob("*.py") if path.stem != "__init__")
 
 
+@cache
 def specimen(kind: str, name: str) -> tuple[ModuleType, Artifact, str]:
     """Return a specimen's module, its artifact and the import path of its loader."""
     module = importlib.import_module(f"zoo.{kind}.{name}")
