@@ -59,7 +59,7 @@ class EvaluatorSettings(Contract):
     timed_block_s: float = Field(default=0.05, gt=0)  # that a block lasts, at the least
     timed_blocks: int = Field(default=5, ge=3)
     max_spread: float = Field(default=0.5, gt=0)  # of the blocks' medians; wider is UNDECIDED
-    measured_again: int = Field(default=2, ge=0)  # times, while the spread is wider
+    measured_again: int = Field(default=2, ge=0)  # times, while the spread is wider than half of it
     seed: int = 0  # of the cases that the report's numbers come from; others are drawn in secret
 
 

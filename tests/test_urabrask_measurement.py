@@ -70,6 +70,20 @@ def test_a_spread_that_narrows_is_decided() -> None:
     assert benchmark.measurement().forward_p99_us == 8
 
 
+def test_the_steadiest_measurement_counts() -> None:
+    """Each is decided, none is steady: 8 to 11, then 8 to 10.5, then 8 to 12 in the middle."""
+    spreads = [
+        (8.0, 8.0, 9.0, 11.0, 11.0),
+        (8.0, 8.0, 9.0, 10.5, 11.0),
+        (8.0, 8.0, 9.0, 12.0, 12.0),
+    ]
+    benchmark = Benchmark(SETTINGS)
+    benchmark.run(Clock(iter([8.0, 8.0, *(time for times in spreads for time in times)])))
+    assert benchmark.decided
+    assert benchmark.check().numbers["again"] == 2
+    assert benchmark.spread == pytest.approx(2.5 / 9)
+
+
 def test_times_must_account_for_the_processor_time() -> None:
     with pytest.raises(ImplausibleError, match=r"claims to have run for 0\.6 ms in 100\.0 ms"):
         Benchmark(SETTINGS).run(Clock(cycle([8.0]), used_s=0.1))
