@@ -87,6 +87,9 @@ void apply(const Source& source, int64_t n) {
 constexpr int kRowsAtOnce = 16;
 constexpr int64_t kBytesAhead = 8192;
 
+// What is summed up: all that health() tells, or what energy() does, which is less work.
+enum class Statistics { kMoments, kEnergy };
+
 // Sums of neighbouring columns of a matrix, and in `bits` whatever bit was set in one of them.
 template <typename T>
 struct ColumnSums {
@@ -111,39 +114,53 @@ ESPER_INLINE void add_parts(double* to, const Values<T, kLanes>& sums, int skip)
   }
 }
 
+template <typename V, size_t kChains>
+ESPER_INLINE V total(const V (&sums)[kChains]) {
+  V all = sums[0];
+  for (size_t chain = 1; chain < kChains; ++chain) {
+    for (int part = 0; part < V::kParts; ++part) all.parts[part] += sums[chain].parts[part];
+  }
+  return all;
+}
+
 // Adds kRows rows, `pitch` apart and the first at `at`, to kLanes columns without the first `skip`.
-template <int kRows, int kLanes, typename Source, typename T = typename Source::T>
+template <Statistics kWhat, int kRows, int kLanes, typename Source, typename T = typename Source::T>
 ESPER_INLINE void add_rows(const Source& source, int64_t at, int64_t pitch,
                            const Values<T, kLanes>& shift, int skip, ColumnSums<T> columns) {
   using V = Values<T, kLanes>;
+  // As one sum would be waited for by the next row's.
+  constexpr int kChains = kRows > 1 ? 2 : 1;
   const int64_t ahead = std::max<int64_t>(kRows * pitch, kBytesAhead / sizeof(T));
-  V sum, sum_squares;
+  V sum[kChains], sum_squares[kChains];
   BitVector<T, kLanes> seen{};
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
     const int64_t place = at + row * pitch;
     // CPUs foresee neighbours, but not the order in which rows are read here.
     if constexpr (kRows > 1) source.prefetch(place + ahead);
     const auto bits = source.template take<kLanes>(place);
     const V values = widen<T, kLanes>(bits);
-    seen |= bits;
     for (int part = 0; part < V::kParts; ++part) {
       const auto shifted = values.parts[part] - shift.parts[part];
-      sum.parts[part] += shifted;
-      sum_squares.parts[part] += shifted * shifted;
+      sum_squares[row % kChains].parts[part] += shifted * shifted;
+      if constexpr (kWhat == Statistics::kMoments) sum[row % kChains].parts[part] += shifted;
     }
+    if constexpr (kWhat == Statistics::kMoments) seen |= bits;
   }
-  add_parts<T, kLanes>(columns.sum, sum, skip);
-  add_parts<T, kLanes>(columns.sum_squares, sum_squares, skip);
-  store(columns.bits, load_bits<kLanes>(columns.bits) | seen);
+  add_parts<T, kLanes>(columns.sum_squares, total<V>(sum_squares), skip);
+  if constexpr (kWhat == Statistics::kMoments) {
+    add_parts<T, kLanes>(columns.sum, total<V>(sum), skip);
+    store(columns.bits, load_bits<kLanes>(columns.bits) | seen);
+  }
 }
 
 // Adds kRows rows of `width` columns.
-template <int kRows, int kLanes, typename Source, typename T = typename Source::T>
+template <Statistics kWhat, int kRows, int kLanes, typename Source, typename T = typename Source::T>
 ESPER_INLINE void add_wide_rows(const Source& source, int64_t at, int64_t pitch, int64_t width,
                                 const Compute<T>* shifts, ColumnSums<T> columns) {
   const auto add = [&]<int kWidth>(std::integral_constant<int, kWidth>, int64_t column, int skip) {
-    add_rows<kRows, kWidth>(source, at + column, pitch, load_values<T, kWidth>(shifts + column),
-                            skip, columns + column);
+    add_rows<kWhat, kRows, kWidth>(source, at + column, pitch,
+                                   load_values<T, kWidth>(shifts + column), skip, columns + column);
   };
   int64_t column = 0;
   for (; column + kLanes <= width; column += kLanes) {
@@ -159,20 +176,21 @@ ESPER_INLINE void add_wide_rows(const Source& source, int64_t at, int64_t pitch,
 }
 
 // Adds `rows` rows of `width` columns and returns where the next one begins.
-template <int kLanes, int kRows = kRowsAtOnce, typename Source, typename T = typename Source::T>
+template <Statistics kWhat, int kLanes, int kRows = kRowsAtOnce, typename Source,
+          typename T = typename Source::T>
 ESPER_INLINE int64_t add_all_rows(const Source& source, int64_t at, int64_t pitch, int64_t rows,
                                   int64_t width, const Compute<T>* shifts, ColumnSums<T> columns) {
   for (; rows >= kRows; rows -= kRows, at += kRows * pitch) {
-    add_wide_rows<kRows, kLanes>(source, at, pitch, width, shifts, columns);
+    add_wide_rows<kWhat, kRows, kLanes>(source, at, pitch, width, shifts, columns);
   }
   if constexpr (kRows > 1) {
-    return add_all_rows<kLanes, kRows / 4>(source, at, pitch, rows, width, shifts, columns);
+    return add_all_rows<kWhat, kLanes, kRows / 4>(source, at, pitch, rows, width, shifts, columns);
   }
   return at;
 }
 
 // Sums over n numbers that lie next to each other; not finite where one of them is not.
-template <int kLanes, typename Source, typename T = typename Source::T>
+template <Statistics kWhat, int kLanes, typename Source, typename T = typename Source::T>
 ESPER_INLINE ShiftedSums run_sums(const Source& source, int64_t at, int64_t n, double shift) {
   double sum[kLanes] = {}, sum_squares[kLanes] = {};
   Bits<T> bits[kLanes] = {};
@@ -180,10 +198,10 @@ ESPER_INLINE ShiftedSums run_sums(const Source& source, int64_t at, int64_t n, d
   std::fill(shifts, shifts + kLanes, static_cast<Compute<T>>(shift));
   const ColumnSums<T> columns{sum, sum_squares, bits};
   const int64_t rest = n % kLanes;
-  at = add_all_rows<kLanes>(source, at, kLanes, n / kLanes, kLanes, shifts, columns);
-  if (rest > 0) add_wide_rows<1, kLanes>(source, at, kLanes, rest, shifts, columns);
-  return {static_cast<double>(n), std::accumulate(sum, sum + kLanes, 0.0),
-          std::accumulate(sum_squares, sum_squares + kLanes, 0.0)};
+  at = add_all_rows<kWhat, kLanes>(source, at, kLanes, n / kLanes, kLanes, shifts, columns);
+  if (rest > 0) add_wide_rows<kWhat, 1, kLanes>(source, at, kLanes, rest, shifts, columns);
+  return {static_cast<double>(n), lane_total<kLanes>(load<Vector<double, kLanes>>(sum)),
+          lane_total<kLanes>(load<Vector<double, kLanes>>(sum_squares))};
 }
 
 // The same over the finite ones of n numbers `stride` apart, in double throughout.
@@ -214,16 +232,14 @@ ESPER_INLINE bool any_nonzero(const T* x, int64_t n) {
   return false;
 }
 
-enum class Shift { kNone, kFirst };
-
-// The statistics of every seed's chunk of channels. Sums are shifted by the chunk's first number
-// where asked for; see ShiftedSums.
-template <typename Source>
+// The statistics of every seed's chunk of channels. Those of moments are taken of sums shifted by
+// the chunk's first number; see ShiftedSums.
+template <Statistics kWhat, typename Source>
 class SeedSums {
  public:
   using T = typename Source::T;
 
-  SeedSums(const Source& source, const Planes& planes, int64_t num_seeds, Shift shift)
+  SeedSums(const Source& source, const Planes& planes, int64_t num_seeds)
       : source_(source),
         planes_(planes),
         plane_(planes.channels * planes.inner),
@@ -234,7 +250,7 @@ class SeedSums {
     for (int64_t seed = 0; seed < num_seeds; ++seed) {
       borders_[seed + 1] = seed_chunk(planes.channels, num_seeds, seed).end * planes.inner;
     }
-    if (shift == Shift::kFirst) set_shifts();
+    if constexpr (kTakesMoments) set_shifts();
     has_long_chunks() ? add_stretches() : add_strips();
   }
 
@@ -251,6 +267,7 @@ class SeedSums {
   }
 
  private:
+  static constexpr bool kTakesMoments = kWhat == Statistics::kMoments;
   static constexpr int64_t kBlocks = 64;
 
   // Long chunks are added up along memory, which is read in order then; short ones by columns.
@@ -322,7 +339,7 @@ class SeedSums {
       const int64_t border = plane_begin + borders_[seed + 1];
       const int64_t n = std::min({end - at, border - at, kRun});
       seeds[seed].add(checked_run_sums<kLanes>(at, n, shifts_[seed]));
-      if (!seen.seeds[seed]) {
+      if (kTakesMoments && !seen.seeds[seed]) {
         mark_channels<kLanes>(at - plane_begin, at, n, seen.channels.data());
         seen.seeds[seed] = at + n == border && has_seen_all(seed, seen.channels.data());
       }
@@ -333,7 +350,7 @@ class SeedSums {
 
   template <int kLanes>
   ESPER_INLINE ShiftedSums checked_run_sums(int64_t at, int64_t n, double shift) {
-    const ShiftedSums sums = run_sums<kLanes>(source_, at, n, shift);
+    const ShiftedSums sums = run_sums<kWhat, kLanes>(source_, at, n, shift);
     return is_finite(sums.sum_squares) ? sums : finite_sums(source_.observed + at, n, 1, shift);
   }
 
@@ -407,7 +424,7 @@ class SeedSums {
       }
     }
     add_to_seeds(strip, columns, seeds);
-    mark_columns(strip, columns.bits);
+    if constexpr (kTakesMoments) mark_columns(strip, columns.bits);
   }
 
   template <int kLanes>
@@ -417,8 +434,8 @@ class SeedSums {
     const int64_t rows = strip.planes / planes_per_row;
     const int64_t rest = strip.planes % planes_per_row * strip.width;
     int64_t at = strip.first_plane * plane_ + strip.first_column;
-    at = add_all_rows<kLanes>(source_, at, pitch, rows, width, shifts, columns);
-    if (rest > 0) add_wide_rows<1, kLanes>(source_, at, pitch, rest, shifts, columns);
+    at = add_all_rows<kWhat, kLanes>(source_, at, pitch, rows, width, shifts, columns);
+    if (rest > 0) add_wide_rows<kWhat, 1, kLanes>(source_, at, pitch, rest, shifts, columns);
   }
 
   // Calls body(seed, begin, end) for the columns of each seed in the strip, counted from its first.

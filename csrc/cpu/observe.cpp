@@ -19,7 +19,7 @@ struct Columns {
 
 template <typename Source>
 void merge_health(const Source& source, const Planes& planes, const Columns& columns) {
-  const SeedSums<Source> sums(source, planes, columns.num_seeds, Shift::kFirst);
+  const SeedSums<Statistics::kMoments, Source> sums(source, planes, columns.num_seeds);
   for (int64_t seed = 0; seed < columns.num_seeds; ++seed) {
     accumulate_health(columns.first + seed, columns.capacity, sums.health(seed));
   }
@@ -27,7 +27,7 @@ void merge_health(const Source& source, const Planes& planes, const Columns& col
 
 template <typename Source>
 void add_energy(const Source& source, const Planes& planes, const Columns& columns) {
-  const SeedSums<Source> sums(source, planes, columns.num_seeds, Shift::kNone);
+  const SeedSums<Statistics::kEnergy, Source> sums(source, planes, columns.num_seeds);
   float* energies = columns.first + kGradEnergy * columns.capacity;
   for (int64_t seed = 0; seed < columns.num_seeds; ++seed) {
     energies[seed] = saturate(energies[seed] + sums.energy(seed));

@@ -156,6 +156,19 @@ ESPER_INLINE void add_to(double* to, Vector<float, kLanes> addend) {
   }
 }
 
+// The sum of all lanes, in halves, which wait for one another less often than single lanes.
+template <int kLanes>
+ESPER_INLINE double lane_total(Vector<double, kLanes> vector) {
+  if constexpr (kLanes == 1) {
+    return vector[0];
+  } else {
+    constexpr int kHalf = kLanes / 2;
+    const LaneIndices<kHalf> lanes;
+    return lane_total<kHalf>(shuffled<[](int i) { return i; }>(vector, vector, lanes) +
+                             shuffled<[](int i) { return i + kHalf; }>(vector, vector, lanes));
+  }
+}
+
 // Sets the first `count` lanes to zero.
 template <int kLanes, typename V, int... i>
 ESPER_INLINE V without_first(V vector, int count, std::integer_sequence<int, i...>) {
