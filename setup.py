@@ -51,7 +51,8 @@ class CMakeBuild(build_ext):
         # Not left to setuptools, which would copy onto the place where --inplace wants them.
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
-            publish(build_dir / target.name, target)
+            if (build_dir / target.name).exists() or not ext.optional:
+                publish(build_dir / target.name, target)
 
     def get_ext_filename(self, fullname: str) -> str:
         # _ops is no Python module but a library of torch ops, the same for every Python.
@@ -63,6 +64,10 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["esper", "esper.*"]), "esper.kernels"],
     package_dir={"esper.kernels": "kernels"},
-    ext_modules=[Extension("esper._host", []), Extension("esper._ops", [])],
+    ext_modules=[
+        Extension("esper._host", []),
+        Extension("esper._ops", []),
+        Extension("esper._autograd", [], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

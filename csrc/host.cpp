@@ -115,6 +115,7 @@ PYBIND11_MODULE(_host, m) {
   m.attr("SEED_STATES") = esper::kSeedStates;
   m.attr("RAMP_CURVES") = esper::kRampCurves;
   m.attr("BYTES_PER_SEED") = esper::kBytesPerSeed;
+  m.attr("AUTOGRAD_TORCH") = ESPER_AUTOGRAD_TORCH;
   py::class_<SeedBlock>(m, "SeedBlock", py::buffer_protocol())
       .def(py::init<int64_t>(), py::arg("num_seeds"))
       .def_property_readonly("num_seeds", &SeedBlock::num_seeds)

@@ -3,6 +3,7 @@ from typing_extensions import Buffer
 SEED_STATES: dict[str, int]
 RAMP_CURVES: dict[str, int]
 BYTES_PER_SEED: int
+AUTOGRAD_TORCH: str  # the version that _autograd was built with; empty if it was not built
 
 class SeedBlock(Buffer):
     """Zeroed seed bank of ``num_seeds`` seeds, as a structure of arrays in one aligned block.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import esper.native as native
 import esper.reference as reference
 from esper.ops import guard_grads
 
@@ -71,10 +72,12 @@ def bottleneck(
     ``ValueError`` for an unknown activation or an alpha that asks for a gradient, and
     :class:`RefusedError` for tensors that do not fit, with nothing changed.
     """
-    code = _activation_code(activation)
+    code = activation_code(activation)
     if alpha.requires_grad:
         raise ValueError("alpha must not require a gradient: bottleneck gives none to it")
     call = *weights, code, seeds, starts, alpha, non_finite, fault
+    if native.autograd is not None and not _transforms_active():
+        return cast(Tensor, native.autograd.bottleneck(y, inp, leaves, in_place, *call))
     if torch.is_grad_enabled() and (
         y.requires_grad or any(t.requires_grad for t in (inp, *leaves))
     ):
@@ -102,12 +105,81 @@ def isolated_bottleneck(
     alpha 1, guarded likewise, but their values reach nothing and ``inp`` receives no gradient.
     Second derivatives with respect to the branch end here: they would reach the host.
     """
-    code = _activation_code(activation)
+    code = activation_code(activation)
     if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
         return y
     call = *weights, code, seeds, starts, None, non_finite, fault
+    if native.autograd is not None and not _transforms_active():
+        return cast(Tensor, native.autograd.bottleneck(y, inp, leaves, False, *call))
     apply = _IsolatedBottleneck.apply if _transforms_active() else _apply_isolated
     return cast(Tensor, apply(y, inp.detach(), call, *leaves))
+
+
+class Bottlenecks:
+    """All seeds of one design on one layer, for any number of calls.
+
+    ``places`` tells where down, down_bias, up and up_bias stand among a seed's weights, -1 for
+    none. ``stack`` has those of all seeds, and ``addresses`` those of the leaves, which share its
+    memory; it is None for one seed. The layer's output has ``channels`` in the last dimension and
+    from ``min_rank`` to ``max_rank`` dimensions.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[int],
+        stack: Sequence[Tensor] | None,
+        addresses: Sequence[int],
+        channels: int,
+        min_rank: int,
+        max_rank: int,
+        activation: int,
+        seeds: Sequence[int],
+        starts: Sequence[int],
+        alpha: Tensor,
+        non_finite: Tensor,
+        fault: Tensor,
+    ):
+        self._places = places
+        self._stack = stack
+        self._addresses = addresses
+        self._channels = channels
+        self._ranks = range(min_rank, max_rank + 1)
+        self._activation = tuple(_ACTIVATION_CODES)[activation]
+        self._where = (seeds, starts)
+        self._alpha = alpha
+        self._counters = (non_finite, fault)
+
+    def blend(
+        self, host: Tensor, inp: Tensor, leaves: Sequence[Tensor], in_place: bool
+    ) -> Tensor | None:
+        """Return the layer's output, or None for a call that the op does not compute."""
+        if not self._fits(host, inp, leaves):
+            return None
+        weights, at = self._weights(leaves), (*self._where, self._alpha, *self._counters)
+        return bottleneck(host, inp, weights, leaves, self._activation, *at, in_place=in_place)
+
+    def isolate(self, host: Tensor, inp: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+        """Return ``host``, or None for a call that the op does not compute."""
+        if not self._fits(host, inp, leaves):
+            return None
+        weights, at = self._weights(leaves), (*self._where, *self._counters)
+        return isolated_bottleneck(host, inp, weights, leaves, self._activation, *at)
+
+    def _fits(self, host: Tensor, inp: Tensor, leaves: Sequence[Tensor]) -> bool:
+        return (
+            host.shape[-1] == self._channels
+            and host.dim() in self._ranks
+            and inp.dtype is host.dtype is leaves[0].dtype
+            and not torch.is_autocast_enabled(host.device.type)
+            and (len(self._where[0]) == 1 or self._is_stacked(leaves))
+        )
+
+    def _is_stacked(self, leaves: Sequence[Tensor]) -> bool:
+        return self._stack is not None and self._addresses == [leaf.data_ptr() for leaf in leaves]
+
+    def _weights(self, leaves: Sequence[Tensor]) -> BottleneckWeights:
+        stack: Sequence[Any] = leaves if self._stack is None else self._stack
+        return BottleneckWeights(*(None if place < 0 else stack[place] for place in self._places))  # type: ignore[arg-type]
 
 
 def _run_bottleneck(y: Tensor, inp: Tensor, call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -170,7 +242,8 @@ _bottleneck_backward = torch.ops.esper.bottleneck_backward.default
 _ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
-def _activation_code(activation: str) -> int:
+def activation_code(activation: str) -> int:
+    """Return the number by which the ops know an activation; raises ``ValueError`` for unknown."""
     code = _ACTIVATION_CODES.get(activation)
     if code is None:
         known = ", ".join(_ACTIVATION_CODES)
@@ -254,6 +327,13 @@ def _stacked(
 def _cells_of(seeds: Sequence[int], field: Tensor) -> Tensor:
     # Indexing with a list would copy it to the device and wait for it.
     return torch.stack([field[seed] for seed in seeds])
+
+
+# The faster of the two that do the same.
+group: type[Bottlenecks] = Bottlenecks
+if native.autograd is not None:
+    native.autograd.connect(_differentiable_grads, RefusedError)
+    group = native.autograd.Bottlenecks
 
 
 @torch.library.register_fake("esper::bottleneck_")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+import esper.native as native
 import esper.reference as reference
 
 _LIBRARY = Path(__file__).with_name("_ops.so")
@@ -74,6 +75,19 @@ def observe_grad(
     torch.ops.esper.observe_grad(grad, channel_dim, health, first_seed, num_seeds)
 
 
+def observe_both_passes(
+    y: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
+) -> None:
+    """:func:`observe` ``y``, and in its backward pass the gradient that it receives."""
+    place = (channel_dim, health, first_seed, num_seeds)
+    if native.autograd is not None:
+        native.autograd.observe_both_passes(y, *place)
+        return
+    observe(y, *place)
+    if y.requires_grad:
+        y.register_hook(lambda grad: observe_grad(grad, *place))
+
+
 def relu_observe(
     x: Tensor, channel_dim: int, health: Tensor, first_seed: int, num_seeds: int
 ) -> Tensor:
@@ -119,6 +133,8 @@ def observed_relu(
         y = x.relu()
         observe(y, *place)
         return y
+    if native.autograd is not None and not torch._C._are_functorch_transforms_active():
+        return cast(Tensor, native.autograd.observed_relu(x, *place))
     return cast(Tensor, _ObservedRelu.apply(x, *place))
 
 

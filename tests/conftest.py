@@ -1,5 +1,6 @@
 """Settings of every test: one thread, fixed seeds, and CUDA tests that are skipped aloud."""
 
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -49,6 +50,16 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["cpp", "python"])
+def autograd_language(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have the autograd functions of C++ serve, or those of Python that stand in for them."""
+    if request.param == "python":
+        fused = importlib.import_module("esper.bottleneck")
+        monkeypatch.setattr("esper.native.autograd", None)
+        monkeypatch.setattr(fused, "group", fused.Bottlenecks)
     return str(request.param)
 
 

@@ -68,6 +68,7 @@ def test_contains_the_package_and_nothing_else(installed: Path) -> None:
     assert top == {"esper", "esper_torch-0.1.0.dist-info"}
     assert (installed / "esper" / "_ops.so").exists()
     assert list((installed / "esper").glob("_host.*.so"))
+    assert list((installed / "esper").glob("_autograd.*.so"))
     assert (installed / "esper" / "kernels" / "blend.py").exists()
 
 

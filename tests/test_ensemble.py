@@ -21,6 +21,7 @@ from esper.kasmina.program import Program
 from esper.kasmina.seats import Seats, seats_of
 from esper.tezzeret.trace import trace
 
+pytestmark = pytest.mark.usefixtures("autograd_language")
 SEEDS = 3
 SITE = SiteSignature(host="Linear", inp_shape=(None, 8), act_shape=(None, 4), channel_dim=1)
 FOREVER = GraftingStrategy(training_steps=10_000)

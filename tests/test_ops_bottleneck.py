@@ -21,7 +21,7 @@ from torch import Tensor
 import esper.bottleneck as fused
 from esper import reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "autograd_language")
 PAIR = Case((5,), 7, 12, 3, 4, (4, 1), (8, 2))
 
 

@@ -183,6 +183,30 @@ def test_repeats_bit_for_bit(device: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.usefixtures("autograd_language")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_both_passes_are_booked(create_graph: bool, device: str) -> None:
+    x = torch.randn(6, 10, device=device, requires_grad=True)
+    actual, expected = fresh_health(device=device), fresh_health(device=device)
+    weights = torch.randn(6, 10, device=device)
+    y = x * 2
+    ops.observe_both_passes(y, 1, actual, 1, 4)
+    y.relu_()  # the gradient that counts is that of the value which was observed
+    [grad] = torch.autograd.grad((y * weights).sum(), x, create_graph=create_graph)
+    reference.observe(x.detach() * 2, 1, expected, 1, 4)
+    reference.observe_grad(grad.detach() / 2, 1, expected, 1, 4)
+    assert_health_close(actual, expected)
+
+
+@pytest.mark.usefixtures("autograd_language")
+def test_a_frozen_output_is_observed_once(device: str) -> None:
+    actual, expected = fresh_health(device=device), fresh_health(device=device)
+    y = torch.randn(6, 10, device=device)
+    ops.observe_both_passes(y, 1, actual, 0, 2)
+    reference.observe(y, 1, expected, 0, 2)
+    assert_health_close(actual, expected)
+
+
 def test_needs_no_graph(device: str) -> None:
     y = torch.randn(3, 4, device=device, requires_grad=True) * 2
     health = fresh_health(device=device)

@@ -16,7 +16,7 @@ import esper.kasmina.observer as observer
 from esper import ops, reference
 from esper.config import SeedSettings
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "autograd_language")
 
 
 def awkward(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

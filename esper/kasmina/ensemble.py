@@ -124,73 +124,36 @@ class Bottlenecks:
         self.cells = seats[0].cells
         self.seeds = [seat.seed_idx for seat in seats]
         self.starts = [seat.chunk.start for seat in seats]
-        self._channels = seats[0].chunk.channels
-        self._device_type = self.cells.bank.device.type
-        self._ranks = {rank for rank in range(2, _MAX_RANK) if seats[0].serves_rows(rank)}
         # Children of a module are found slowly.
         self._learners = [(seat, seat.kernel) for seat in seats]
         self._in_order = itemgetter(*form.order)
-        self._in_places = itemgetter(*form.places)
-        self._stack = self._arranged()
+        self._group = self._grouped()
         self._usable = True
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
-        leaves = self._leaves_for(inp, host)
-        if leaves:
-            cells = self.cells
+        if self._runs_as_one():
             try:
-                return bottleneck.bottleneck(
-                    host,
-                    inp,
-                    self._weights(leaves),
-                    leaves,
-                    self.form.activation,
-                    self.seeds,
-                    self.starts,
-                    cells.alpha,
-                    cells.non_finite,
-                    cells.fault,
-                    in_place=in_place,
-                )
+                out = self._group.blend(host, inp, self._leaves(), in_place)
             except bottleneck.RefusedError as error:
                 self._give_up(error)
+            else:
+                if out is not None:
+                    return out
         return self.individuals.blend(inp, host, in_place)
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
-        leaves = self._leaves_for(inp, host)
-        if leaves:
-            cells = self.cells
+        if self._runs_as_one():
             try:
-                return bottleneck.isolated_bottleneck(
-                    host,
-                    inp,
-                    self._weights(leaves),
-                    leaves,
-                    self.form.activation,
-                    self.seeds,
-                    self.starts,
-                    cells.non_finite,
-                    cells.fault,
-                )
+                out = self._group.isolate(host, inp, self._leaves())
             except bottleneck.RefusedError as error:
                 self._give_up(error)
+            else:
+                if out is not None:
+                    return out
         return self.individuals.isolate(inp, host)
 
-    def _leaves_for(self, inp: Tensor, host: Tensor) -> list[Tensor] | None:
-        """Return the seats' weights if the op can compute this call, else None."""
-        if not self._usable or torch.compiler.is_compiling() or ops.is_exporting():
-            return None
-        leaves = self._leaves()
-        shape = host.shape
-        fits = (
-            shape[-1] == self._channels
-            and len(shape) in self._ranks
-            and inp.dtype is host.dtype is leaves[0].dtype
-            and not torch.is_autocast_enabled(self._device_type)
-        )
-        if not fits or (len(self.seats) > 1 and not self._is_stacked(leaves)):
-            return None
-        return leaves
+    def _runs_as_one(self) -> bool:
+        return self._usable and not torch.compiler.is_compiling() and not ops.is_exporting()
 
     def _leaves(self) -> list[Tensor]:
         """Return the seats' weights, one seat after the other, each in the op's order."""
@@ -199,21 +162,31 @@ class Bottlenecks:
             leaves += self._in_order(kernel.weights() if seat.learns else seat.weights())
         return leaves
 
-    def _is_stacked(self, leaves: list[Tensor]) -> bool:
-        stack = self._stack
-        return stack is not None and stack.addresses == [leaf.data_ptr() for leaf in leaves]
-
-    def _weights(self, leaves: list[Tensor]) -> bottleneck.BottleneckWeights:
-        stack = leaves if self._stack is None else self._stack.tensors
-        return bottleneck.BottleneckWeights._make(self._in_places((*stack, None)))
-
     def _give_up(self, error: bottleneck.RefusedError) -> None:
         """Run one by one from now on, which also shows whose fault it is."""
         self._usable = False
         names = ", ".join(seat.seed for seat in self.seats)
         logger.warning("%s: not run as one: %s", names, error)
 
-    def _arranged(self) -> Stack | None:
+    def _grouped(self) -> bottleneck.Bottlenecks:
+        seat, stack = self.seats[0], self._stacked()
+        ranks = [rank for rank in range(2, _MAX_RANK) if seat.serves_rows(rank)]
+        return bottleneck.group(
+            self.form.places,
+            None if stack is None else stack.tensors,
+            [] if stack is None else stack.addresses,
+            seat.chunk.channels,
+            min(ranks, default=_MAX_RANK),
+            max(ranks, default=0),
+            bottleneck.activation_code(self.form.activation),
+            self.seeds,
+            self.starts,
+            self.cells.alpha,
+            self.cells.non_finite,
+            self.cells.fault,
+        )
+
+    def _stacked(self) -> Stack | None:
         weights = [kernel.weights() for _, kernel in self._learners]
         if len(weights) == 1:
             apart(weights[0])

@@ -5,7 +5,6 @@ model has just filled with its weights. So what is needed each time is done in f
 is needed once is done elsewhere.
 """
 
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +57,8 @@ class Observer:
             y = out if plain and layer.shown else self._shown_by(args, kwargs, out)
             place = None if y is None else self._place(y)
             if y is not None and place is not None:
-                ops.observe(y, *place)
+                ops.observe_both_passes(y, *place)
                 self.timer = timer
-                if y.requires_grad:
-                    y.register_hook(functools.partial(_observe_gradient, place))
         except Exception as error:
             self._report(error)
         if not layer.kasmina.observing:
@@ -121,7 +118,3 @@ class Observer:
         if self.trouble is None:
             self.trouble = f"{type(error).__name__}: {error}"
             logger.warning("layer '%s' is not observed: %s", self._layer.name, self.trouble)
-
-
-def _observe_gradient(place: Place, grad: Tensor) -> None:
-    ops.observe_grad(grad, *place)
