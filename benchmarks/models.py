@@ -56,6 +56,16 @@ def cnn() -> nn.Module:
     )
 
 
+def convolutions() -> nn.Module:
+    # Without batch norm, which makes the gradient of the bias before it zero up to rounding.
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+    )
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -69,6 +79,7 @@ LINEAR = Subject("Linear(128, 64)", linear, (32, 128))
 LINEAR_RELU = Subject("Linear(128, 64) and ReLU in a Sequential", linear_relu, (32, 128))
 MLP = Subject("MLP 128-512-512-10", mlp, (32, 128))
 CNN = Subject("CNN, 2 convolutions", cnn, (32, 3, 32, 32))
+CONVOLUTIONS = Subject("2 convolutions", convolutions, (32, 3, 32, 32))
 ENCODER = Subject("transformer encoder, 2 layers", encoder, (8, 32, 64))
 SUITE = (LINEAR, MLP, CNN, ENCODER)
 MANY_LINEARS = Subject("2,500 small Linears", many_linears, (1, 4))

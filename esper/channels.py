@@ -50,7 +50,7 @@ def shared_convolution(
 
     ``weight`` is (S * r, I, ...) and ``bias`` (S * r,) or None. The gradient of ``inp`` is the sum
     of what each seed sends back, in which a seed's non-finite elements are zeroed and charged to it
-    alone. Differentiable twice.
+    alone; where the sum overflows it is zero, charged to the first. Differentiable twice.
     """
     if not torch.is_grad_enabled() or not inp.requires_grad:
         return _convolve(inp, weight, bias, geometry)
@@ -140,7 +140,8 @@ def _guarded_sum(ctx: Any, grad: Tensor, inp: Tensor, weight: Tensor) -> Tensor:
         [clean] = guard_grads([own], *ctx.counters[place])
         total = clean if total is None else total + clean
     assert total is not None
-    return total
+    # Finite parts may have a sum that is not, for which the first seed answers as in `bottleneck`.
+    return guard_grads([total], *ctx.counters[0])[0] if num_seeds > 1 else total
 
 
 def _convolve(inp: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -17,6 +17,7 @@ from esper.blueprints.convolutional import ConvBottleneck, Depthwise
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.norm import Norm
 from esper.blueprints.residual_mlp import ResidualMLP
+from esper.channels import Geometry, shared_convolution
 from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.kasmina.ensemble import Individuals, SideBySide
@@ -197,6 +198,18 @@ def test_a_bad_seed_leaves_the_others_in_the_gradient_of_the_input() -> None:
     )
     torch.testing.assert_close(found, expected)
     assert model.kasmina_layers["1"].occupants()[0].cells.fault.tolist() == [0, 1, 0]
+
+
+def test_a_sum_of_gradients_that_overflows_does_not_reach_the_host() -> None:
+    """Though what each seed sends back is finite."""
+    inp = torch.ones(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.full((2, 1, 1, 1), 1e308, dtype=torch.float64)
+    counters = [(torch.zeros(1), torch.zeros(1, dtype=torch.uint8)) for _ in range(2)]
+    geometry = Geometry((1, 1), (0, 0), (1, 1))
+    shared_convolution(inp, weight, None, geometry, counters).sum().backward()
+    assert inp.grad is not None
+    assert torch.equal(inp.grad, torch.zeros_like(inp.grad))
+    assert [(lost.item(), fault.item()) for lost, fault in counters] == [(9, 1), (0, 0)]
 
 
 def test_a_bad_gradient_of_act_is_charged_to_its_seed() -> None:

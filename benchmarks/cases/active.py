@@ -15,13 +15,17 @@ from benchmarks.findings import UNWRAPPED, added_ratio, ratio
 from benchmarks.gate import check_alike
 from benchmarks.harness import Build, Plan, Times, Trial
 from benchmarks.kernels import Kernels, Seeds
-from benchmarks.models import MLP, SEEDS_PER_LAYER, Subject, copied, every_seed
+from benchmarks.models import CONVOLUTIONS, MLP, SEEDS_PER_LAYER, Subject, copied, every_seed
 from benchmarks.modes import MODES, Mode
 from benchmarks.rows import Finding, Point
 from esper import MorphableModel
+from esper.kasmina.ensemble import Individuals
+from esper.kasmina.seats import seats_of
 
 ONLY = "0"  # the layer of the networks that have one
 HIDDEN = "2"  # the hidden layer of the MLP
+SECOND = "2"  # of the convolutions, from 16 to 32 channels
+CONVOLUTIONAL = ("conv_bottleneck", "depthwise")
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 NUMBERS = (1, 2, 4, 8, 16)
 
@@ -85,7 +89,13 @@ def trials(plan: Plan, kernels: Kernels) -> list[Trial]:
     made = [against_peers(mode, alone, plan, kernels) for mode in MODES for alone in (False, True)]
     made += [second_design(mode, plan, kernels) for mode in MODES]
     made += [whole_network(mode, plan, kernels) for mode in MODES]
-    made += [grouped(mode, plan, kernels) for mode in MODES]
+    made += [grouped(MLP, HIDDEN, "low_rank", mode, plan, kernels) for mode in MODES]
+    designs = CONVOLUTIONAL[:1] if plan.quick else CONVOLUTIONAL
+    made += [
+        grouped(CONVOLUTIONS, SECOND, design, mode, plan, kernels)
+        for design in designs
+        for mode in MODES
+    ]
     made += [width(size, mode, plan, kernels) for mode in MODES for size in widths]
     made += [number_of_seeds(numbers, mode, plan, kernels) for mode in MODES]
     return made
@@ -191,24 +201,38 @@ def _written(at: Bench, model: Callable[[], MorphableModel]) -> nn.Module:
     return peers.by_hand(at.net, model())
 
 
-def grouped(mode: Mode, plan: Plan, kernels: Kernels) -> Trial:
+def grouped(
+    subject: Subject, layer: str, design: str, mode: Mode, plan: Plan, kernels: Kernels
+) -> Trial:
     """Compare four seeds of one layer with the same design to one of them."""
-    at = bench(MLP, plan, kernels)
-    one, four = at.grown({HIDDEN: [0]}), at.grown({HIDDEN: range(4)})
+    at = bench(subject, plan, kernels)
+    one, four = at.grown({layer: [0]}, design), at.grown({layer: range(4)}, design)
 
     def check() -> None:
         for name, model in (("1 seed", one), ("4 seeds", four)):
-            at.check(f"{MLP.name}, {name}", functools.partial(_written, at, model), model)
+            reference = functools.partial(one_by_one, model, layer)
+            at.check(f"{subject.name}, {design}, {name}", reference, model)
+
+    name = f"{subject.name}, {design}, {mode.name}"
 
     def report(times: Times) -> Iterator[Finding]:
-        row = f"{MLP.name}, {mode.name}, 4 seeds of layer '{HIDDEN}'"
+        row = f"{name}, 4 seeds of layer '{layer}'"
         at_most = MAX_OF_GROUP[plan.device.type]
         yield ratio(times, "4 seeds", "1 seed", f"{row} / 1 seed", at_most=at_most)
-        row = f"{MLP.name}, {mode.name}, added by 4 seeds of layer '{HIDDEN}' / by 1 seed"
+        row = f"{name}, added by 4 seeds of layer '{layer}' / by 1 seed"
         yield added_ratio(times, "4 seeds", "1 seed", UNWRAPPED, row)
 
     templates: dict[str, Template] = {UNWRAPPED: lambda: at.net, "1 seed": one, "4 seeds": four}
-    return at.trial(f"{MLP.name}, grouped, {mode.name}", mode, templates, report, check)
+    return at.trial(f"{name}, grouped", mode, templates, report, check)
+
+
+def one_by_one(grown: Callable[[], MorphableModel], layer: str) -> nn.Module:
+    """Return a copy in which each seed of a layer is computed by itself."""
+    model = copied(grown())
+    seats = seats_of(model.get_submodule(layer))
+    assert seats is not None
+    seats._heard = [Individuals(seats.occupants())]
+    return model
 
 
 def width(size: int, mode: Mode, plan: Plan, kernels: Kernels) -> Trial:
