@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+import esper.reference as reference
 from esper.ops import guard_grads
 
 # For each seed, in their order along the channels, its cells ``non_finite`` and ``fault``.
@@ -55,6 +56,66 @@ def shared_convolution(
     if not torch.is_grad_enabled() or not inp.requires_grad:
         return _convolve(inp, weight, bias, geometry)
     return cast(Tensor, _SharedConvolution.apply(inp, weight, bias, geometry, counters))
+
+
+def isolated_convolution(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    groups: int,
+    start: int,
+) -> Tensor:
+    """Return ``y`` (no copy), passing its gradient on unchanged and to the convolution of ``x``.
+
+    The convolution is not computed: its gradients are those that it would have if its result had
+    been y's channels (dimension 1) from ``start`` on, of a gradient with non-finite elements set to
+    zero. Raises ``RuntimeError`` for an ``x`` whose convolution would not fit there. Second
+    derivatives end here: they would reach the host.
+    """
+    expected = (len(y), len(weight), *y.shape[2:])
+    shape = _convolved_shape(x, weight, geometry)
+    if shape != expected or x.shape[1] != weight.shape[1] * groups:
+        raise RuntimeError(f"expected a convolution of shape {expected}, got {shape}")
+    return cast(Tensor, _IsolatedConvolution.apply(y, x, weight, bias, geometry, groups, start))
+
+
+def _convolved_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    spatial = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
+    return (
+        len(x),
+        len(weight),
+        *(
+            (size + 2 * padding - dilation * (width - 1) - 1) // stride + 1
+            for size, width, stride, padding, dilation in spatial
+        ),
+    )
+
+
+class _IsolatedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        groups: int,
+        start: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups, ctx.start = geometry, groups, start
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        chunk = reference.finite(grad.detach().narrow(1, ctx.start, len(weight)))
+        needs = ctx.needs_input_grad[1:4]
+        own = _gradients(ctx, chunk, x, weight, needs, ctx.groups) if any(needs) else [None] * 3
+        return grad, *own, None, None, None
 
 
 class _StackWeights(torch.autograd.Function):
@@ -150,14 +211,19 @@ def _convolve(inp: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def _gradients(
-    ctx: Any, grad: Tensor, inp: Tensor, weight: Tensor, wanted: Sequence[bool]
+    ctx: Any,
+    grad: Tensor,
+    inp: Tensor,
+    weight: Tensor,
+    wanted: Sequence[bool],
+    groups: int = 1,
 ) -> list[Tensor | None]:
     """Return the gradients of inp, weight and bias; they can be differentiated again."""
     if not any(wanted):
         return [None, None, None]
     no_output_padding = (0,) * len(ctx.geometry.stride)
     grads = torch.ops.aten.convolution_backward.default(
-        grad, inp, weight, [len(weight)], *ctx.geometry, False, no_output_padding, 1, wanted
+        grad, inp, weight, [len(weight)], *ctx.geometry, False, no_output_padding, groups, wanted
     )
     return [given if want else None for given, want in zip(grads, wanted, strict=True)]
 

@@ -80,7 +80,7 @@ def observe_both_passes(
 ) -> None:
     """:func:`observe` ``y``, and in its backward pass the gradient that it receives."""
     place = (channel_dim, health, first_seed, num_seeds)
-    if native.autograd is not None:
+    if native.autograd is not None and not torch._C._are_functorch_transforms_active():
         native.autograd.observe_both_passes(y, *place)
         return
     observe(y, *place)

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from kasmina_library import MemoryLibrary
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import esper
 from esper.blueprints.convolutional import ConvBottleneck, Depthwise
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.norm import Norm
 from esper.blueprints.residual_mlp import ResidualMLP
-from esper.channels import Geometry, shared_convolution
+from esper.channels import Geometry, isolated_convolution, shared_convolution
 from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.kasmina.ensemble import Individuals, SideBySide
@@ -244,6 +246,37 @@ def test_a_frozen_seed_among_learning_ones_gets_no_gradient() -> None:
         parameter.requires_grad_(True)
     model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
     assert [w.grad is None for w in weights(model)] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("training", "expected"), [(False, 3), (True, 2)])
+def test_an_isolated_kernel_is_spared_the_convolution_that_nobody_hears(
+    training: bool, expected: int
+) -> None:
+    model = grown(LowRank, network(), training=training)
+    host = model.kasmina_layers["1"].default_transform
+    inp = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    with Convolutions() as computed:
+        host(inp)
+    assert computed.count == expected  # the host's own, the shared one, and the last
+
+
+def test_what_does_not_fit_the_host_is_no_isolated_convolution() -> None:
+    y, x, weight = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 1, 1)
+    geometry = Geometry((1, 1), (0, 0), (1, 1))
+    with pytest.raises(RuntimeError, match=r"expected a convolution of shape \(1, 2, 5, 5\), got"):
+        isolated_convolution(y, x, weight, None, geometry, 1, 0)
 
 
 def test_an_isolated_host_may_write_over_its_output() -> None:

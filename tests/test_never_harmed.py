@@ -273,7 +273,7 @@ def test_what_goes_wrong_in_watching_is_logged_once(
     def fail(*args: object) -> None:
         raise RuntimeError("batching rule not implemented")
 
-    monkeypatch.setattr("esper.ops.observe", fail)
+    monkeypatch.setattr("esper.ops.observe_both_passes", fail)
     model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(observe_every=1))
     for _ in range(4):
         model(torch.randn(5, 8)).sum().backward()

@@ -37,6 +37,19 @@ class Entry(NamedTuple):
     geometry: Geometry
 
 
+class Tail(NamedTuple):
+    """A convolution at the end, whose result is added to ``act``.
+
+    While the host does not hear the seed nobody needs its value, only its gradients.
+    """
+
+    trunk: Graph  # what comes before it
+    weight: int
+    bias: int | None
+    geometry: Geometry
+    groups: int
+
+
 @dataclass(frozen=True)
 class Channelwise:
     """A program of seeds side by side; the entry's result takes the place of ``inp`` in ``graph``."""
@@ -44,12 +57,20 @@ class Channelwise:
     entry: Entry | None  # None where the input is not read
     graph: Graph
     parameters: tuple[TensorSpec, ...]
+    tail: Tail | None = None  # where the program has one
 
     def compile(self, num_seeds: int) -> KernelFunction:
         """Return ``run(entered, act, params, ())`` on the channels of that many seeds."""
-        nodes = tuple(_widened(node, num_seeds) for node in self.graph.nodes)
+        return self._compiled(self.graph, num_seeds)
+
+    def compile_trunk(self, num_seeds: int) -> KernelFunction | None:
+        """Return the same up to the tail, or None where there is none."""
+        return None if self.tail is None else self._compiled(self.tail.trunk, num_seeds)
+
+    def _compiled(self, graph: Graph, num_seeds: int) -> KernelFunction:
+        nodes = tuple(_widened(node, num_seeds) for node in graph.nodes)
         params = [Ref("param", spec.name) for spec in self.parameters]
-        return python_function(python_source(replace(self.graph, nodes=nodes), params, []))
+        return python_function(python_source(replace(graph, nodes=nodes), params, []))
 
 
 def recognise(
@@ -76,7 +97,7 @@ def recognise(
         widths[Ref("node", index)] = width
     if widths.get(graph.output) != widths[_ACT]:
         return None
-    return Channelwise(entry, graph, parameters)
+    return Channelwise(entry, graph, parameters, _tail(graph, rank, list(shapes)))
 
 
 def _entry(node: Node, rank: int, params: list[Ref]) -> Entry | None:
@@ -96,6 +117,33 @@ def _entry(node: Node, rank: int, params: list[Ref]) -> Entry | None:
         params.index(weight),
         None if bias is None else params.index(bias),
         Geometry(stride, padding, dilation),
+    )
+
+
+def _tail(graph: Graph, rank: int, params: list[Ref]) -> Tail | None:
+    """Return how the graph ends, if it adds a convolution of its own to ``act``."""
+    at = len(graph.nodes) - 2
+    if at < 0 or graph.output != Ref("node", at + 1):
+        return None
+    *before, last, added = graph.nodes
+    result = Ref("node", at)
+    is_sum = added.op == "aten.add.Tensor" and not added.kwargs
+    if not is_sum or added.args not in ((_ACT, result), (result, _ACT)):
+        return None
+    if _CONVOLUTIONS.get(last.op) != rank:
+        return None
+    bound = _bound(last)
+    weight, bias, padding = bound["weight"], bound.get("bias"), bound.get("padding", 0)
+    if weight not in params or isinstance(padding, str):
+        return None
+    stride, dilation = bound.get("stride", 1), bound.get("dilation", 1)
+    geometry = Geometry(_each(stride, rank), _each(padding, rank), _each(dilation, rank))
+    return Tail(
+        Graph(tuple(before), bound["input"]),
+        params.index(weight),
+        None if bias is None else params.index(bias),
+        geometry,
+        bound.get("groups", 1),
     )
 
 

@@ -17,10 +17,16 @@ from torch import Tensor
 
 import esper.bottleneck as bottleneck
 import esper.ops as ops
-from esper.channels import guard_chunks, shared_convolution, stack_weights
+from esper.channels import (
+    guard_chunks,
+    isolated_convolution,
+    shared_convolution,
+    stack_weights,
+)
 from esper.kasmina.bottleneck import Bottleneck
-from esper.kasmina.channelwise import Channelwise
+from esper.kasmina.channelwise import Channelwise, Tail
 from esper.kasmina.seat import Seat
+from esper.kasmina.source import KernelFunction
 from esper.kasmina.stack import Stack, apart, stacked
 
 logger = logging.getLogger(__name__)
@@ -49,11 +55,18 @@ def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
             alone += group
         elif group[0].bottleneck is not None:
             together.append(Bottlenecks(group, group[0].bottleneck))
-        elif group[0].channelwise is not None and len(group) > 1:
+        elif group[0].channelwise is not None and (len(group) > 1 or _ends_unheard(group[0])):
             together.append(SideBySide(group, group[0].channelwise))
         else:
             alone += group
     return [*together, Individuals(alone)] if alone else together
+
+
+def _ends_unheard(seat: Seat) -> bool:
+    """Whether side by side, and there alone, the seat is spared a convolution at its end."""
+    form = seat.kernel.program.channelwise
+    has_tail = form is not None and form.tail is not None
+    return seat.isolated and has_tail and seat.kernel.compiled is None
 
 
 def _has_plain_weights(seat: Seat) -> bool:
@@ -212,6 +225,8 @@ class SideBySide:
         end = self.starts[0] + length * len(seats)
         self._is_adjacent = self.starts == [*range(self.starts[0], end, length)]
         self._run = form.compile(len(seats))
+        self._tail = form.tail
+        self._run_trunk = form.compile_trunk(len(seats))
         self._shapes = [weight.shape for weight in seats[0].kernel.weights()] * len(seats)
         self._device_type = self.cells.bank.device.type
         self._usable = True
@@ -234,6 +249,9 @@ class SideBySide:
         )
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
+        if self._tail is not None and self._is_adjacent:
+            result = self._isolated_by_tail(self._tail, inp.detach(), host)
+            return self.individuals.isolate(inp, host) if result is None else result
         out = self._out(inp.detach(), host.detach())
         if out is None:
             return self.individuals.isolate(inp, host)
@@ -243,8 +261,38 @@ class SideBySide:
             host = ops.isolate(host, part, 1, start)
         return host
 
+    def _isolated_by_tail(self, tail: Tail, inp: Tensor, host: Tensor) -> Tensor | None:
+        """Return ``host``, or None if the seats must run one by one."""
+        leaves = self._leaves_for(inp, host)
+        if leaves is None:
+            return None
+        assert self._run_trunk is not None
+        try:
+            x, weights = self._compute(self._run_trunk, inp, self._act(host.detach()), leaves)
+            bias = None if tail.bias is None else weights[tail.bias]
+            groups = tail.groups * len(self.seats)
+            return isolated_convolution(
+                host, x, weights[tail.weight], bias, tail.geometry, groups, self.starts[0]
+            )
+        except RuntimeError as error:
+            self._give_up(error)
+            return None
+
     def _out(self, inp: Tensor, host: Tensor) -> Tensor | None:
         """Return what the kernels make of their chunks, or None if they must run one by one."""
+        leaves = self._leaves_for(inp, host)
+        if leaves is None:
+            return None
+        try:
+            act = self._act(host)
+            out, _ = self._compute(self._run, inp, act, leaves)
+        except RuntimeError as error:
+            self._give_up(error)
+            return None
+        return out if out.shape == act.shape else None
+
+    def _leaves_for(self, inp: Tensor, host: Tensor) -> list[Tensor] | None:
+        """Return the seats' weights if they can be computed side by side here, else None."""
         if not self._usable or torch.compiler.is_compiling() or ops.is_exporting():
             return None
         leaves = [weight for seat in self.seats for weight in seat.weights()]
@@ -255,15 +303,7 @@ class SideBySide:
             and [leaf.shape for leaf in leaves] == self._shapes
             and not torch.is_autocast_enabled(self._device_type)
         )
-        if not fits:
-            return None
-        try:
-            act = self._act(host)
-            out = self._compute(inp, act, leaves)
-        except RuntimeError as error:
-            self._give_up(error)
-            return None
-        return out if out.shape == act.shape else None
+        return leaves if fits else None
 
     def _act(self, host: Tensor) -> Tensor:
         length = self.seats[0].chunk.length
@@ -272,14 +312,17 @@ class SideBySide:
         act = host.narrow(1, self.starts[0], length * len(self.starts))
         return act.clone() if self.seats[0].isolated and self.individuals.keeps_act else act
 
-    def _compute(self, inp: Tensor, act: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    def _compute(
+        self, run: KernelFunction, inp: Tensor, act: Tensor, leaves: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what ``run`` makes of it, and the stacked weights."""
         counters = [self.cells.counters(seed) for seed in self.seeds]
         weights = stack_weights(leaves, counters)
         if self.entry is not None:
             weight, bias, geometry = self.entry
             stacked_bias = None if bias is None else weights[bias]
             inp = shared_convolution(inp, weights[weight], stacked_bias, geometry, counters)
-        return self._run(inp, guard_chunks(act, counters), weights, ())
+        return run(inp, guard_chunks(act, counters), weights, ()), weights
 
     def _give_up(self, error: RuntimeError) -> None:
         self._usable = False
