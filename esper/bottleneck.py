@@ -76,8 +76,9 @@ def bottleneck(
     if alpha.requires_grad:
         raise ValueError("alpha must not require a gradient: bottleneck gives none to it")
     call = *weights, code, seeds, starts, alpha, non_finite, fault
-    if native.autograd is not None and not _transforms_active():
-        return cast(Tensor, native.autograd.bottleneck(y, inp, leaves, in_place, *call))
+    serving = native.serving()
+    if serving is not None:
+        return cast(Tensor, serving.bottleneck(y, inp, leaves, in_place, *call))
     if torch.is_grad_enabled() and (
         y.requires_grad or any(t.requires_grad for t in (inp, *leaves))
     ):
@@ -109,8 +110,9 @@ def isolated_bottleneck(
     if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
         return y
     call = *weights, code, seeds, starts, None, non_finite, fault
-    if native.autograd is not None and not _transforms_active():
-        return cast(Tensor, native.autograd.bottleneck(y, inp, leaves, False, *call))
+    serving = native.serving()
+    if serving is not None:
+        return cast(Tensor, serving.bottleneck(y, inp, leaves, False, *call))
     apply = _IsolatedBottleneck.apply if _transforms_active() else _apply_isolated
     return cast(Tensor, apply(y, inp.detach(), call, *leaves))
 

@@ -6,6 +6,7 @@ and what they do is done in Python.
 """
 
 import importlib
+import sys
 from types import ModuleType
 
 import torch
@@ -20,3 +21,14 @@ def _fitting() -> ModuleType | None:
 
 
 autograd = _fitting()
+
+
+def serving() -> ModuleType | None:
+    """Return :data:`autograd` if it may serve now: transforms and tracers know Python's alone."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return None if transformed or _is_backward_traced() else autograd
+
+
+def _is_backward_traced() -> bool:
+    tracer = sys.modules.get("torch._dynamo.compiled_autograd")
+    return tracer is not None and bool(tracer.compiled_autograd_enabled)

@@ -80,8 +80,9 @@ def observe_both_passes(
 ) -> None:
     """:func:`observe` ``y``, and in its backward pass the gradient that it receives."""
     place = (channel_dim, health, first_seed, num_seeds)
-    if native.autograd is not None and not torch._C._are_functorch_transforms_active():
-        native.autograd.observe_both_passes(y, *place)
+    serving = native.serving()
+    if serving is not None:
+        serving.observe_both_passes(y, *place)
         return
     observe(y, *place)
     if y.requires_grad:
@@ -133,8 +134,9 @@ def observed_relu(
         y = x.relu()
         observe(y, *place)
         return y
-    if native.autograd is not None and not torch._C._are_functorch_transforms_active():
-        return cast(Tensor, native.autograd.observed_relu(x, *place))
+    serving = native.serving()
+    if serving is not None:
+        return cast(Tensor, serving.observed_relu(x, *place))
     return cast(Tensor, _ObservedRelu.apply(x, *place))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kasmina_library import Irregular, MemoryLibrary, Residual
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import esper
@@ -227,7 +228,7 @@ def test_weights_of_the_last_of_a_group_lie_by_themselves() -> None:
 @BUILDERS
 @STATES
 def test_weights_may_change_before_the_backward_pass_where_torch_allows_it(
-    state: SeedState, builder: Builder
+    state: SeedState, builder: Builder, autograd_language: str
 ) -> None:
     model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, state)
     weights = [
@@ -282,12 +283,37 @@ def test_torch_func_sees_the_blended_output(builder: Builder) -> None:
 @BUILDERS
 @STATES
 def test_a_batch_of_backward_passes_is_refused_and_harms_nothing(
-    state: SeedState, builder: Builder
+    state: SeedState, builder: Builder, autograd_language: str
 ) -> None:
     model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, state)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.autograd.functional.jacobian(model, torch.randn(6, 8), vectorize=True)
+    inp = torch.randn(6, 8)
+    if (state, builder, autograd_language) == (SeedState.TRAINING, Residual, "cpp"):
+        # Nobody asks for the gradients of the seed, so it is left out.
+        expected = torch.autograd.functional.jacobian(model, inp)
+        found = torch.autograd.functional.jacobian(model, inp, vectorize=True)
+        torch.testing.assert_close(found, expected)
+    else:
+        with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            torch.autograd.functional.jacobian(model, inp, vectorize=True)
     assert healthy(model, state)
+
+
+def test_compiled_autograd_takes_observed_steps() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain = copy.deepcopy(net)
+    model = esper.wrap(net, settings=SeedSettings(observe_every=1))
+    inp = torch.randn(6, 8)
+    model(inp)
+    model.step()
+    assert model.kasmina.observing
+    for each in (plain, model):
+        with compiled_autograd._enable(lambda graph: graph):
+            each(inp).square().sum().backward()
+    assert all(layer.observer.trouble is None for layer in model.kasmina_layers.values())
+    energy = model.kasmina.bank.fields["health_accumulator"][5]
+    assert bool(energy.any())
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
 
 
 @BUILDERS

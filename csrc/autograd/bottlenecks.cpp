@@ -1,6 +1,8 @@
 #include "bottlenecks.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -28,9 +30,12 @@ struct BottleneckBackward : torch::autograd::Node {
   // The leaves share the memory of the weights, and so the count of its changes.
   Weights weights;
   Places places;
+  bool hooked;  // somebody has a hand in what is saved
 
   BottleneckBackward(Weights weights, Places places)
-      : weights(std::move(weights)), places(std::move(places)) {}
+      : weights(std::move(weights)),
+        places(std::move(places)),
+        hooked(at::SavedTensorDefaultHooks::get_hooks().has_value()) {}
 
   std::string name() const override { return "BottleneckBackward"; }
 
@@ -64,7 +69,7 @@ struct BottleneckBackward : torch::autograd::Node {
     // Grad mode is on where these gradients will be differentiated again.
     std::vector<Tensor> computed = at::GradMode::is_enabled()
                                        ? differentiable_grads(grad, inputs, needed, weights, places)
-                                       : grads_of(grad, inputs[0], needed[0], needs_weights);
+                                       : grads_of(grad, inputs, needed[0], needs_weights);
     for (size_t i = 0; i < computed.size(); ++i) {
       if (needed[i]) result[kInp + i] = std::move(computed[i]);
     }
@@ -72,21 +77,40 @@ struct BottleneckBackward : torch::autograd::Node {
   }
 
  private:
+  // The weights of the forward pass; the leaves as they were saved follow the first of the inputs.
+  Weights weights_then(const std::vector<Tensor>& inputs) const {
+    if (!hooked) return weights;
+    const size_t per_seed = leaves.size() / places.seeds.size();
+    size_t kind = 0;
+    const auto stacked = [&] {
+      std::vector<Tensor> parts;
+      for (size_t i = kind++; i < leaves.size(); i += per_seed) parts.push_back(inputs[1 + i]);
+      return at::cat(parts);
+    };
+    const auto& [down, down_bias, up, up_bias] = weights;
+    Weights then;
+    std::get<0>(then) = stacked();
+    if (down_bias) std::get<1>(then) = stacked();
+    std::get<2>(then) = stacked();
+    if (up_bias) std::get<3>(then) = stacked();
+    return then;
+  }
+
   // The gradients of inp and of each leaf.
-  std::vector<Tensor> grads_of(const Tensor& grad, const Tensor& inp, bool needs_inp,
-                               bool needs_weights) const {
+  std::vector<Tensor> grads_of(const Tensor& grad, const std::vector<Tensor>& inputs,
+                               bool needs_inp, bool needs_weights) const {
     using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
         const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&, int64_t,
         at::IntArrayRef, at::IntArrayRef, const std::optional<Tensor>&, const Tensor&,
         const Tensor&, bool, bool);
     static const auto op = find_op<Backward>("esper::bottleneck_backward");
-    const auto& [down, down_bias, up, up_bias] = weights;
+    const auto [down, down_bias, up, up_bias] = weights_then(inputs);
     const Tensor unpacked_lost = lost.unpack();
     const std::optional<Tensor> known_lost =
         unpacked_lost.defined() ? std::optional(unpacked_lost) : std::nullopt;
     const auto [grad_inp, grad_down, grad_down_bias, grad_up, grad_up_bias] =
-        op.call(grad, inp, hidden.unpack(), known_lost, down, down_bias, up, up_bias,
+        op.call(grad, inputs[0], hidden.unpack(), known_lost, down, down_bias, up, up_bias,
                 places.activation, places.seeds, places.starts, places.alpha, places.non_finite,
                 places.fault, needs_inp, needs_weights);
     std::vector<Tensor> grads{grad_inp};
