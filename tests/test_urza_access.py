@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from tamiyo_samples import controller
 from urza_samples import (
     UNKNOWN,
     blueprint,
@@ -30,8 +31,10 @@ from esper.contracts import (
     LifecycleEvent,
     Pipeline,
     SeedState,
+    Topic,
 )
 from esper.errors import LibraryError, RoleError, TokenError
+from esper.oona import MemoryBus
 from esper.urza import Library, Urza
 from esper.urza.access import Role, Tokens, add_token, load_tokens
 from esper.urza.client import UrzaClient
@@ -285,7 +288,7 @@ def test_with_tokens_every_address_may_be_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8420", "", "127.0.0.1.evil.example"]
+    "host", ["evil.example", "evil.example:8420", "", "127.0.0.1.evil.example", "["]
 )
 def test_a_web_page_s_own_name_for_this_machine_is_refused(tmp_path: Path, host: str) -> None:
     with Urza(tmp_path) as library, served(create_app(library, Tokens([]))) as url:
@@ -294,3 +297,20 @@ def test_a_web_page_s_own_name_for_this_machine_is_refused(tmp_path: Path, host:
         assert answer.json()["error"] == "RoleError"
         for own in ("localhost", "localhost:1", "127.0.0.1", "[::1]:8420"):
             assert httpx.get(f"{url}/api/v1/kernels", headers={"Host": own}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example"]
+)
+def test_a_page_of_elsewhere_cannot_have_the_browser_pause_a_run(
+    tmp_path: Path, origin: str
+) -> None:
+    bus = MemoryBus()
+    app = create_app(Urza(tmp_path), Tokens([]), buses={"run-7": bus})
+    with closing(bus), served(app) as url, controller(bus):
+        pause = f"{url}/api/v1/runs/run-7/controller/pause"
+        answer = httpx.post(pause, headers={"Origin": origin})
+        assert (answer.status_code, answer.json()["error"]) == (403, "RoleError")
+        assert bus.stats()[Topic.TAMIYO_REQUESTS].published == 0
+        own = httpx.post(pause, headers={"Origin": url})
+        assert (own.status_code, own.json()["paused"]) == (200, True)

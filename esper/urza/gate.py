@@ -23,8 +23,8 @@ class Gate:
     """Settles whose request it is, and that it is not too large, before it is read: middleware.
 
     The roles go to the routes as ``request.state.roles``. Without tokens everybody on this machine
-    is an operator; a web page that had its own name point here still calls us by that name, and
-    is refused.
+    is an operator; a web page that had its own name point here still calls us by that name, and one
+    that calls us by ours still has its own origin: both are refused.
     """
 
     def __init__(self, app: ASGIApp, tokens: Tokens, max_body_bytes: int) -> None:
@@ -66,8 +66,12 @@ class Gate:
         if self._tokens:
             return self._tokens.roles(headers.get("authorization"))
         host = headers.get("host", "")
-        if not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not is_loopback(_hostname(f"//{host}")):
             raise RoleError(f"without tokens this library is for its own machine, not for {host!r}")
+        # Browsers let any page send a request without a body, and only keep the answer from it.
+        origin = headers.get("origin")
+        if origin is not None and not is_loopback(_hostname(origin)):
+            raise RoleError(f"without tokens this library is not for pages of {origin!r}")
         return frozenset({Role.OPERATOR})
 
 
@@ -77,6 +81,13 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # half of an IPv6 address
+        return ""
 
 
 def refuse(request: Request, error: Exception) -> Response:
