@@ -7,6 +7,7 @@ import pytest
 from urza_samples import field_report, judge, manifest, publish
 
 from esper.contracts import Outcome
+from esper.errors import LibraryError
 from esper.urabrask.chronicle import Chronicle
 from esper.urabrask.risk import WEIGHTS, Experience
 from esper.urza import Urza
@@ -60,6 +61,41 @@ def test_experience_is_that_with_the_design(urza: Urza) -> None:
     ended(urza, gated, "gated", Outcome.FOSSILIZED, epoch=99)
     chronicle.read_on()
     assert chronicle.experience(manifest("gated"), []) == Experience(adaptations=5, failures=3)
+
+
+@pytest.mark.parametrize("method", ["kernel", "report"])
+def test_an_outage_while_reading_on_counts_nothing_twice(
+    urza: Urza, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    chronicle, gated, other = Chronicle(urza), known(urza, "gated"), known(urza, "other")
+    ended(urza, gated, "gated", Outcome.CULLED)
+    ended(urza, other, "other", Outcome.CULLED)
+    answer = getattr(urza, method)
+
+    def unless_other(artifact_id: str) -> Any:
+        if artifact_id == other:
+            raise LibraryError("it is away")
+        return answer(artifact_id)
+
+    with monkeypatch.context() as away:
+        away.setattr(urza, method, unless_other)
+        with pytest.raises(LibraryError, match="it is away"):
+            chronicle.read_on()
+    chronicle.read_on()
+    for name in ("gated", "other"):
+        found = chronicle.experience(manifest(name), [])
+        assert found == Experience(adaptations=1, failures=1)
+    assert len(chronicle.lessons) == 2
+
+
+def test_scores_by_other_rules_teach_nothing(urza: Urza) -> None:
+    old = publish(urza, "gated")
+    judge(urza, old, risk_components={"error": 0.1, "size": 0.1, "complexity": 0.0})
+    ended(urza, old, "gated", Outcome.CULLED)
+    chronicle = Chronicle(urza)
+    chronicle.read_on()
+    assert chronicle.lessons == []
+    assert chronicle.experience(manifest("gated"), []) == Experience(adaptations=1, failures=1)
 
 
 def test_lessons_say_what_was_known_before_and_what_came_of_it(urza: Urza) -> None:

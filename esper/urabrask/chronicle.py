@@ -13,7 +13,7 @@ from esper.contracts import (
     UrabraskValidationReport,
 )
 from esper.urabrask.learned_risk import Lesson, Traits
-from esper.urabrask.risk import Experience
+from esper.urabrask.risk import WEIGHTS, Experience
 from esper.urza import Library
 
 _MOST_PEERS = 200
@@ -66,17 +66,16 @@ class Chronicle:
         for field_report in field_reports[self._field_reports_read :]:
             if field_report.outcome is not _NO_OUTCOME:
                 self._note(field_report)
-        self._field_reports_read = len(field_reports)
+            self._field_reports_read += 1
 
     def _note(self, field_report: FieldReport) -> None:
         record = self._record(field_report.artifact_id)
+        # All that the library may fail to answer comes first: what was counted is not read again.
+        report = None if record.statement is None else self._report(record)
         failed = field_report.outcome is not _SUCCESS
         self._adaptations[record.manifest.design.name] += 1
         self._failures[record.manifest.design.name] += failed
-        if record.statement is None:
-            return
-        report = self._report(record)
-        if report.risk_components:
+        if report is not None and _is_by_these_rules(report):
             self.lessons.append(
                 Lesson(
                     blueprint_id=field_report.blueprint_id,
@@ -98,6 +97,11 @@ class Chronicle:
             report = self._urza.report(record.artifact_id)
             self._reports[digest] = report.model_copy(update={"checks": ()})
         return self._reports[digest]
+
+
+def _is_by_these_rules(report: UrabraskValidationReport) -> bool:
+    """Whether its components are those of today: other rules' sums cannot be told from theirs."""
+    return bool(report.risk_components) and report.risk_components.keys() <= WEIGHTS.keys()
 
 
 def traits(manifest: KernelManifest, report: UrabraskValidationReport) -> Traits:
