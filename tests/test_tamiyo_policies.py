@@ -126,6 +126,18 @@ def test_after_the_first_epoch_its_own_steps_tell_how_long_one_is(kernel: Kernel
         assert len(policy.decide(view(kernel, epochs=(first,)))) == begun
 
 
+def test_a_controller_that_joins_late_does_not_take_all_steps_for_one_epoch(
+    kernel: KernelRecord,
+) -> None:
+    """After epoch 9, of ten steps each, it takes 2.5 epochs to the test, one to obey its verdict."""
+    [only] = epochs(FLAT[:1])
+    for last_epoch, begun in ((13, 1), (12, 0)):
+        limits = LENIENT.model_copy(update={"last_epoch": last_epoch})
+        policy = ScheduledPolicy([0], limits, BRIEF)
+        joined = only.model_copy(update={"epoch": 9, "step": 100})
+        assert len(policy.decide(view(kernel, epochs=(joined,)))) == begun
+
+
 def test_by_hand_nothing_happens_unasked(kernel: KernelRecord) -> None:
     policy = ManualPolicy()
     assert policy.decide(view(kernel, epochs=epochs(FLAT, evaluation(1.0)))) == []

@@ -47,7 +47,7 @@ def _can_be_judged(view: ModelView, last_epoch: int | None, strategy: GraftingSt
         return True
     first, last = view.epochs[0], view.epochs[-1]
     passed = last.epoch - first.epoch
-    steps_per_epoch = (last.step - first.step) / passed if passed else last.step
+    steps_per_epoch = (last.step - first.step) / passed if passed else last.step / (last.epoch + 1)
     until_evaluated = (
         strategy.training_steps + strategy.grafting_steps + strategy.stabilization_steps
     )
