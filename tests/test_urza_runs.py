@@ -1,7 +1,8 @@
 """The controllers of runs over HTTP: asked, paused, unknown, silent, and by whom."""
 
+import asyncio
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ from urza_servers import served
 from esper import cli
 from esper.contracts import RequestKind, TamiyoRequest, Topic
 from esper.oona import MemoryBus, Oona
+from esper.oona.inquiry import Inquiry
 from esper.oona.redis import RedisBus
 from esper.urza import Urza, run_routes
 from esper.urza.access import Role, Tokens, add_token, load_tokens
@@ -88,6 +90,16 @@ def test_a_bus_that_is_closed_is_told_of(stack: ExitStack, tmp_path: Path) -> No
     answer = httpx.get(f"{url}{CONTROLLER}")
     assert answer.status_code == 503
     assert answer.json()["message"] == "run 'run-7': the bus is closed"
+
+
+async def test_a_server_that_nobody_has_asked_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Others read the answers to what they have asked; the trainer waits until all is read."""
+    with closing(MemoryBus()) as bus, Urza(tmp_path) as library:
+        create_app(library, Tokens([]), buses={"run-7": bus})
+        with controller(bus):
+            await Inquiry(bus, "cli").ask(RequestKind.STATUS, 5.0)
+            async with asyncio.timeout(5.0):
+                await bus.drained()
 
 
 def test_a_bus_that_is_full_is_told_of(stack: ExitStack, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import uuid
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from esper.contracts import RequestKind, TamiyoRequest, TamiyoStatus, Topic
+from esper.contracts import OonaMessage, RequestKind, TamiyoRequest, TamiyoStatus, Topic
 from esper.errors import BusError
 from esper.oona.bus import Oona
 
@@ -18,7 +19,7 @@ class Inquiry:
     def __init__(self, bus: Oona, sender_id: str):
         self._bus = bus
         self._sender_id = sender_id
-        self._answers = bus.subscribe(Topic.TAMIYO_STATUS, f"{sender_id}-{uuid.uuid4().hex[:8]}")
+        self._group = f"{sender_id}-{uuid.uuid4().hex[:8]}"
         self._waiting: dict[str, asyncio.Future[TamiyoStatus]] = {}
         self._reading: asyncio.Task[None] | None = None
 
@@ -29,7 +30,9 @@ class Inquiry:
         Raises :class:`BusError` if the bus takes nothing any more.
         """
         if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
+            # Not before, since a group that nobody reads for keeps others waiting for it.
+            answers = self._bus.subscribe(Topic.TAMIYO_STATUS, self._group)
+            self._reading = asyncio.create_task(self._read(answers))
         request = TamiyoRequest(kind=kind)
         answer: asyncio.Future[TamiyoStatus] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = answer
@@ -46,8 +49,8 @@ class Inquiry:
             raise BusError("the bus is closed")
         raise TimeoutError(f"no controller has answered in {timeout_s:g} s")
 
-    async def _read(self) -> None:
-        async for message in self._answers:
+    async def _read(self, answers: AsyncGenerator[OonaMessage, None]) -> None:
+        async for message in answers:
             status = message.payload
             assert isinstance(status, TamiyoStatus)
             answer = self._waiting.get(status.request_id or "")
