@@ -82,6 +82,20 @@ def test_few_blueprints_cannot_be_held_out() -> None:
         learn(few)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rare", [0, 1, 9])
+def test_few_failures_or_successes_prove_nothing(rare: int, turned: bool) -> None:
+    """With 1 failure in 200 outcomes that are noise, the model used to win every fourth time."""
+    told = [
+        one.model_copy(update={"failed": (number < rare) is not turned})
+        for number, one in enumerate(lessons(NOISE, count=200))
+    ]
+    failures = 200 - rare if turned else rare
+    because = f"{failures} of 200 outcomes are failures, a comparison needs 10 failures and 10 succ"
+    with pytest.raises(ValueError, match=because):
+        learn(told)
+
+
 class Worker:
     """Calls the handlers of the worker process in this one, and counts."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ENOUGH_OUTCOMES = 200
 NUM_FOLDS = 5
+ENOUGH_OF_EACH_KIND = 10  # with fewer failures, or successes, the standard error is too small
 NOT_INSTALLED = "xgboost is not installed; `pip install 'esper-torch[risk]'` brings it"
 
 _ROUNDS = 60
@@ -66,9 +67,11 @@ def learn(lessons: Sequence[Lesson]) -> tuple[RiskComparison, bytes]:
     Cross-validated: every outcome is predicted by a model, and by rules, that were fitted to other
     blueprints only. The rules' score is no probability; a logistic regression makes it one, fitted
     to the same lessons as the model. Raises ``ValueError`` with fewer blueprints than
-    :data:`NUM_FOLDS`. The same lessons give the same answer.
+    :data:`NUM_FOLDS`, and with fewer failures or successes than :data:`ENOUGH_OF_EACH_KIND`. The
+    same lessons give the same answer.
     """
     folds = np.array(_folds([lesson.blueprint_id for lesson in lessons]))
+    _check_kinds(lessons)
     failed = np.array([lesson.failed for lesson in lessons], dtype=np.float64)
     rules = np.array([lesson.risk_by_rules for lesson in lessons], dtype=np.float64)
     by_model, by_rules = np.empty(len(lessons)), np.empty(len(lessons))
@@ -91,6 +94,15 @@ def predict(model: bytes, traits: Traits) -> float:
     booster = Booster()
     booster.load_model(bytearray(model))
     return float(_probabilities(booster, [traits])[0])
+
+
+def _check_kinds(lessons: Sequence[Lesson]) -> None:
+    failures = sum(lesson.failed for lesson in lessons)
+    if min(failures, len(lessons) - failures) < ENOUGH_OF_EACH_KIND:
+        raise ValueError(
+            f"{failures} of {len(lessons)} outcomes are failures, a comparison needs "
+            f"{ENOUGH_OF_EACH_KIND} failures and {ENOUGH_OF_EACH_KIND} successes"
+        )
 
 
 def _folds(blueprint_ids: Sequence[str]) -> list[int]:
