@@ -1,5 +1,7 @@
 """From an observed step to health signals: the score's formula, and how old a signal is."""
 
+import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -122,6 +124,19 @@ def test_what_is_driven_to_its_bounds_scores_nothing(name: str, signs: tuple[int
 def test_a_layer_without_bounds_has_no_saturation() -> None:
     for act in (nn.Identity(), nn.ReLU(), nn.GELU()):
         assert all(signal.saturation is None for signal in signals_of(HEALTHY.repeat(1, 2), act))
+
+
+@pytest.mark.parametrize("bounds", [(-math.inf, 1.0), (0.0, math.inf), (-math.inf, math.inf)])
+def test_what_is_clipped_on_one_side_has_no_bounds(bounds: tuple[float, float]) -> None:
+    for signal in signals_of(HEALTHY.repeat(1, 2), nn.Hardtanh(*bounds)):
+        assert signal.saturation is None
+        assert signal.health_score > 0.5
+
+
+def test_bounds_may_be_as_far_off_as_numbers_go() -> None:
+    for bounds in ((0.0, sys.float_info.max), (-1e200, 1e200)):
+        for signal in signals_of(HEALTHY.double().repeat(1, 2), nn.Hardtanh(*bounds)):
+            assert signal.saturation == 0.0
 
 
 def test_where_a_kernel_adds_to_an_activation_there_is_no_bound() -> None:

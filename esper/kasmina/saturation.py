@@ -10,6 +10,7 @@ mean slope over the steepest; of what is clipped (Hardtanh, Hardsigmoid, ReLU6) 
 less than the share; Softsign's slope falls off faster.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,16 +25,19 @@ class Reach(NamedTuple):
 
     def saturation(self, mean: float, variance: float) -> float:
         """Return a number in [0, 1]; rounding may have taken the outputs beyond their bounds."""
-        return min(1.0, (variance + (mean - self.centre) ** 2) / self.radius**2)
+        # Divided first, since bounds as far off as floating point goes have no square.
+        offset = (mean - self.centre) / self.radius
+        return min(1.0, variance / self.radius / self.radius + offset**2)
 
 
-def _of_clipping(module: nn.Hardtanh) -> Reach:
+def _of_clipping(module: nn.Hardtanh) -> Reach | None:
     low, high = module.min_val, module.max_val
-    return Reach(0.0, high) if low == 0 else Reach((low + high) / 2, (high - low) / 2)
+    reach = Reach(0.0, high) if low == 0 else Reach((low + high) / 2, (high - low) / 2)
+    return reach if math.isfinite(reach.radius) else None
 
 
 _AROUND_ZERO, _ABOVE_ZERO = Reach(0.0, 1.0), Reach(0.5, 0.5)
-_REACHES: dict[str, Callable[[Any], Reach]] = {
+_REACHES: dict[str, Callable[[Any], Reach | None]] = {
     **dict.fromkeys(("Tanh", "Softsign"), lambda _: _AROUND_ZERO),
     **dict.fromkeys(("Sigmoid", "Hardsigmoid"), lambda _: _ABOVE_ZERO),
     **dict.fromkeys(("Hardtanh", "ReLU6"), _of_clipping),
