@@ -63,6 +63,18 @@ def test_an_unknown_run_is_not_there(http: httpx.Client) -> None:
         )
 
 
+def test_a_namespace_with_slashes_is_a_run_s_name_too(stack: ExitStack, tmp_path: Path) -> None:
+    bus = MemoryBus()
+    stack.enter_context(controller(bus))
+    library = stack.enter_context(Urza(tmp_path / "library"))
+    url = stack.enter_context(served(create_app(library, Tokens([]), buses={"team/run-7": bus})))
+    for run in ("team/run-7", "team%2Frun-7"):
+        asked = f"{url}/api/v1/runs/{run}/controller"
+        assert httpx.get(asked).json()["paused"] is False
+        assert httpx.post(f"{asked}/pause").json()["paused"] is True
+        assert httpx.post(f"{asked}/resume").json()["paused"] is False
+
+
 def test_another_action_is_refused(http: httpx.Client) -> None:
     answer = http.post(f"{CONTROLLER}/stop")
     assert (answer.status_code, answer.json()["error"]) == (422, "ValueError")

@@ -25,7 +25,7 @@ def run_routes(buses: Mapping[str, Oona], *, by_token: bool) -> APIRouter:
     """Return the routes for the runs that ``buses`` names."""
     router = make_router(by_token=by_token)
     controllers = {run: Inquiry(bus, "http") for run, bus in buses.items()}
-    path = f"{API}/runs/{{run}}/controller"
+    path = f"{API}/runs/{{run:path}}/controller"
 
     @router.get(f"{API}/runs", response_model=list[str])
     def list_runs() -> Response:
