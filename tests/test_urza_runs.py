@@ -104,6 +104,17 @@ def test_a_bus_that_is_closed_is_told_of(stack: ExitStack, tmp_path: Path) -> No
     assert answer.json()["message"] == "run 'run-7': the bus is closed"
 
 
+def test_an_application_may_be_served_again(stack: ExitStack, tmp_path: Path) -> None:
+    """By another event loop, after the first has ended with all of its tasks."""
+    bus = MemoryBus()
+    stack.enter_context(controller(bus))
+    library = stack.enter_context(Urza(tmp_path / "library"))
+    app = create_app(library, Tokens([]), buses={"run-7": bus})
+    for _ in range(2):
+        with served(app) as url:
+            assert httpx.get(f"{url}{CONTROLLER}").status_code == 200
+
+
 async def test_a_server_that_nobody_has_asked_keeps_nobody_waiting(tmp_path: Path) -> None:
     """Others read the answers to what they have asked; the trainer waits until all is read."""
     with closing(MemoryBus()) as bus, Urza(tmp_path) as library:

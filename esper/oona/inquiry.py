@@ -11,7 +11,7 @@ from esper.oona.bus import Oona
 
 
 class Inquiry:
-    """Requests to the controller of one run, and its answers. Belongs to one event loop.
+    """Requests to the controller of one run, and its answers. Belongs to one event loop at a time.
 
     All of them share one consumer group, so that asking often leaves nothing behind on the bus.
     """
@@ -29,7 +29,7 @@ class Inquiry:
         Raises ``TimeoutError`` if none comes: a controller that is there later obeys all the same.
         Raises :class:`BusError` if the bus takes nothing any more.
         """
-        if self._reading is None:
+        if self._reading is None or self._reading.done():
             # Not before, since a group that nobody reads for keeps others waiting for it.
             answers = self._bus.subscribe(Topic.TAMIYO_STATUS, self._group)
             self._reading = asyncio.create_task(self._read(answers))
