@@ -26,6 +26,7 @@ from esper.worker import Blobs, Header
 
 JUDGED = assessed(report(1e-7), MANIFEST, Experience())
 TRAITS = traits(MANIFEST, JUDGED)
+REACH = Confidence.HIGH
 
 
 @needs_xgboost
@@ -117,14 +118,14 @@ async def test_the_model_judges_once_it_is_proven() -> None:
     assessor = Assessor(worker)
     taught = lessons(LEARNABLE, count=320)
 
-    few = await assessor.assessed(JUDGED, TRAITS, taught[:199])
+    few = await assessor.assessed(JUDGED, TRAITS, taught[:199], REACH)
     assert (few.risk_by, few.risk_comparison) == (RiskSource.RULES, None)
     assert few.risk_reason == "199 of the 200 outcomes that a model needs are known"
     assert few.risk_score == JUDGED.risk_score
     assert worker.called == []
 
     risky = Traits(design="gated", numbers={"novelty": 0.9, "size": 0.9, "rules": 0.5})
-    proven = await assessor.assessed(JUDGED, risky, taught[:300])
+    proven = await assessor.assessed(JUDGED, risky, taught[:300], REACH)
     assert proven.risk_by is RiskSource.MODEL
     assert proven.risk_reason.startswith("the model predicts held-out outcomes better")
     assert proven.risk_comparison is not None
@@ -133,15 +134,15 @@ async def test_the_model_judges_once_it_is_proven() -> None:
     assert proven.conf_level is Confidence.MODERATE
     assert proven.risk_components == JUDGED.risk_components
 
-    await assessor.assessed(JUDGED, risky, taught[:310])
+    await assessor.assessed(JUDGED, risky, taught[:310], REACH)
     assert worker.called == ["learn_risk", "predict_risk", "predict_risk"]
-    await assessor.assessed(JUDGED, risky, taught)
+    await assessor.assessed(JUDGED, risky, taught, REACH)
     assert worker.called[3:] == ["learn_risk", "predict_risk"]
 
 
 @needs_xgboost
 async def test_the_rules_judge_where_outcomes_are_noise() -> None:
-    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(NOISE))
+    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(NOISE), REACH)
     assert found.risk_by is RiskSource.RULES
     assert found.risk_reason.startswith("the model does not predict held-out outcomes better")
     assert found.risk_comparison is not None
@@ -150,7 +151,7 @@ async def test_the_rules_judge_where_outcomes_are_noise() -> None:
 
 async def test_the_rules_judge_without_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned_risk, "find_spec", lambda name: None)
-    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(LEARNABLE))
+    found = await Assessor(Worker()).assessed(JUDGED, TRAITS, lessons(LEARNABLE), REACH)
     assert found.risk_by is RiskSource.RULES
     assert found.risk_reason.startswith("xgboost is not installed")
 
@@ -159,7 +160,34 @@ async def test_the_rules_judge_where_learning_fails(caplog: pytest.LogCaptureFix
     async def fail(*args: object) -> tuple[Header, Blobs]:
         raise WorkerError("no answer within 60 s")
 
-    found = await Assessor(fail).assessed(JUDGED, TRAITS, lessons(LEARNABLE))
+    found = await Assessor(fail).assessed(JUDGED, TRAITS, lessons(LEARNABLE), REACH)
     assert found.risk_by is RiskSource.RULES
     assert found.risk_reason == "learning a model failed"
     assert "no answer within 60 s" in caplog.text
+
+
+@needs_xgboost
+@pytest.mark.parametrize("reach", [Confidence.HIGH, Confidence.MODERATE])
+async def test_the_confidence_follows_from_the_risk_of_the_model_not_of_the_rules(
+    reach: Confidence,
+) -> None:
+    doubted = JUDGED.model_copy(update={"risk_score": 0.8, "confidence": Confidence.SPECULATIVE})
+    harmless = Traits(design="gated", numbers={"novelty": 0.1, "size": 0.9, "rules": 0.5})
+    found = await Assessor(Worker()).assessed(doubted, harmless, lessons(LEARNABLE), reach)
+    assert found.risk_by is RiskSource.MODEL
+    assert found.risk_score < 0.4
+    assert found.confidence is reach
+
+
+@needs_xgboost
+async def test_the_rules_judge_where_the_model_does_not_answer() -> None:
+    async def learn_only(
+        method: str, header: Header, blobs: Mapping[str, bytes]
+    ) -> tuple[Header, Blobs]:
+        if method == "predict_risk":
+            raise WorkerError("the process ended")
+        return await Worker()(method, header, blobs)
+
+    found = await Assessor(learn_only).assessed(JUDGED, TRAITS, lessons(LEARNABLE), REACH)
+    assert (found.risk_by, found.risk_score) == (RiskSource.RULES, JUDGED.risk_score)
+    assert found.risk_reason == "asking the model failed"

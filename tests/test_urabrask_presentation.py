@@ -25,7 +25,7 @@ def shown(verdict: UrabraskValidationReport) -> list[str]:
 
 def test_the_risk_is_shown_with_its_parts_and_who_judged_it() -> None:
     by_rules = assessed(report(), MANIFEST, Experience())
-    by_model = scored(by_rules, 0.67).model_copy(
+    by_model = scored(by_rules, 0.67, by_rules.confidence).model_copy(
         update={"risk_by": RiskSource.MODEL, "risk_reason": "better", "risk_comparison": COMPARISON}
     )
     lines = shown(by_model)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from esper.contracts import RiskComparison, RiskSource, UrabraskValidationReport
+from esper.contracts import Confidence, RiskComparison, RiskSource, UrabraskValidationReport
 from esper.errors import WorkerError
 from esper.urabrask import risk
 from esper.urabrask.learned_risk import ENOUGH_OUTCOMES, Lesson, Traits
@@ -35,19 +35,31 @@ class Assessor:
         self._learned = _Learned(0, "")
 
     async def assessed(
-        self, report: UrabraskValidationReport, traits: Traits, lessons: Sequence[Lesson]
+        self,
+        report: UrabraskValidationReport,
+        traits: Traits,
+        lessons: Sequence[Lesson],
+        reach: Confidence,
     ) -> UrabraskValidationReport:
-        """Return the report, whose risk is by the rules, with that of the model if it is better."""
+        """Return the report, whose risk is by the rules, with that of the model if it is better.
+
+        ``reach`` limits the confidence, whoever judges.
+        """
         learned = await self._up_to_date(lessons)
-        source = RiskSource.RULES
+        source, reason = RiskSource.RULES, learned.reason
         if learned.model is not None:
             asked = {"traits": traits.model_dump(mode="json")}
-            answer, _ = await self._call("predict_risk", asked, {_MODEL: learned.model})
-            report, source = risk.scored(report, answer["risk"]), RiskSource.MODEL
+            try:
+                answer, _ = await self._call("predict_risk", asked, {_MODEL: learned.model})
+            except WorkerError as error:
+                logger.warning("the risk model does not answer: %s", error)
+                reason = "asking the model failed"
+            else:
+                report, source = risk.scored(report, answer["risk"], reach), RiskSource.MODEL
         return report.model_copy(
             update={
                 "risk_by": source,
-                "risk_reason": learned.reason,
+                "risk_reason": reason,
                 "risk_comparison": learned.comparison,
             }
         )

@@ -111,9 +111,10 @@ class Urabrask:
         if report.status is KernelStatus.REJECTED:
             return report
         async with self._placing:
+            reach = report.confidence
             report = await asyncio.to_thread(self._place, report, manifest)
             lessons = self._chronicle.lessons
-            return await self._assessor.assessed(report, traits(manifest, report), lessons)
+            return await self._assessor.assessed(report, traits(manifest, report), lessons, reach)
 
     def _place(
         self, report: UrabraskValidationReport, manifest: KernelManifest

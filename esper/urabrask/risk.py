@@ -67,13 +67,16 @@ def assessed(
     if report.status is KernelStatus.REJECTED:
         return report
     parts = components(report, manifest, experience)
-    return scored(report, sum(parts.values())).model_copy(update={"risk_components": parts})
+    judged = scored(report, sum(parts.values()), report.confidence)
+    return judged.model_copy(update={"risk_components": parts})
 
 
-def scored(report: UrabraskValidationReport, risk: float) -> UrabraskValidationReport:
+def scored(
+    report: UrabraskValidationReport, risk: float, reach: Confidence
+) -> UrabraskValidationReport:
     """Return the report with that risk; what the checks could not reach limits the confidence."""
     risk_score = round(risk, 2)
-    confidence = max(report.confidence, _by_risk(risk_score), key=_FROM_MOST.index)
+    confidence = max(reach, _by_risk(risk_score), key=_FROM_MOST.index)
     return report.model_copy(update={"risk_score": risk_score, "confidence": confidence})
 
 
