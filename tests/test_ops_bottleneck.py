@@ -194,6 +194,45 @@ def test_a_changed_weight_is_known_to_autograd(device: str) -> None:
         result.sum().backward()
 
 
+@pytest.mark.parametrize("case", [PAIR, Case((5,), 7, 12, 3, 4, (4,), (8,), has_bias=False)])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_gradients_are_of_the_weights_as_they_were_saved(
+    isolated: bool, case: Case, device: str
+) -> None:
+    sample = make(case, device=device)
+    sample.y.requires_grad_()
+    leaves, call = sample.leaves(), run_isolated if isolated else run
+    for at, part in enumerate(leaves):
+        # As in a stack: in the memory of the weights, with a count of changes of its own.
+        leaves[at] = torch.nn.Parameter(torch.empty_like(part))
+        leaves[at].data = part.detach()
+    expected = torch.autograd.grad(call(sample, leaves), leaves, sample.grad)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        result = call(sample, leaves)
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.mul_(3)
+        grads = torch.autograd.grad(result, leaves, sample.grad)
+    torch.testing.assert_close(grads, expected)
+
+
+def test_a_changed_input_of_an_isolated_seed_is_known_to_autograd(device: str) -> None:
+    sample = make(PAIR, device=device)
+    result = run_isolated(sample, sample.leaves())
+    sample.inp.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_a_changed_result_of_an_isolated_seed_is_known_to_autograd(device: str) -> None:
+    sample = make(PAIR, device=device)
+    host = sample.y.requires_grad_().tanh()  # saves its output
+    result = run_isolated(with_y(sample, host), sample.leaves())
+    result.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
 def test_leaves_without_gradient_get_none(device: str) -> None:
     sample = make(PAIR, device=device)
     leaves = sample.leaves()

@@ -189,11 +189,11 @@ Tensor bottleneck(const Tensor& y, const Tensor& inp, const Weights& weights,
 Tensor isolated_bottleneck(const Tensor& y, const Tensor& inp, const Weights& weights,
                            const std::vector<Tensor>& leaves, const Places& places) {
   if (!torch::autograd::compute_requires_grad(leaves)) return y;
-  Tensor result, hidden, unheard;
+  // Above the guard, so that they count changes together with what they are detached from.
+  const Tensor result = y.detach(), unheard = inp.detach();
+  Tensor hidden;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = y.detach();
-    unheard = inp.detach();
     hidden =
         refusing([&] { return at::linear(unheard, std::get<0>(weights), std::get<1>(weights)); });
   }
