@@ -86,7 +86,7 @@ def observe_both_passes(
         return
     observe(y, *place)
     if y.requires_grad:
-        y.register_hook(lambda grad: observe_grad(grad, *place))
+        y.register_hook(lambda grad: observe_grad(grad, *place) if grad is not None else None)
 
 
 def relu_observe(

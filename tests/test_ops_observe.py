@@ -1,5 +1,7 @@
 """esper::observe and esper::observe_grad against literals, NumPy-like sums and the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from blend_cases import DTYPES, LAYOUTS, laid_out
@@ -205,6 +207,26 @@ def test_a_frozen_output_is_observed_once(device: str) -> None:
     ops.observe_both_passes(y, 1, actual, 0, 2)
     reference.observe(y, 1, expected, 0, 2)
     assert_health_close(actual, expected)
+
+
+@pytest.mark.usefixtures("autograd_language")
+def test_an_output_that_receives_no_gradient_books_none(device: str) -> None:
+    class Barrier(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    health = torch.zeros(6, 2, device=device)
+    y = x * 2
+    ops.observe_both_passes(y, 1, health, 0, 2)
+    Barrier.apply(y).sum().backward()
+    assert health[5].tolist() == [0.0, 0.0]
+    assert x.grad is None
 
 
 def test_needs_no_graph(device: str) -> None:

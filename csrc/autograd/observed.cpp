@@ -68,7 +68,7 @@ void observe_both_passes(const Tensor& y, int64_t channel_dim, const Tensor& hea
   op.call(y, channel_dim, health, first_seed, num_seeds);
   if (!y.requires_grad()) return;
   y.register_hook([place = Place{channel_dim, health, first_seed, num_seeds}](const Tensor& grad) {
-    observe_grad(grad, place);
+    if (grad.defined()) observe_grad(grad, place);
   });
 }
 
