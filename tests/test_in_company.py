@@ -248,6 +248,28 @@ def test_weights_may_change_before_the_backward_pass_where_torch_allows_it(
     assert healthy(model, state)
 
 
+@BUILDERS
+@STATES
+def test_a_subclass_of_tensor_comes_out_as_one(state: SeedState, builder: Builder) -> None:
+    class Marked(Tensor):
+        pass
+
+    model = seeded(nn.Sequential(nn.Linear(8, 8)), "0", builder, state)
+    out = model(torch.randn(6, 8).as_subclass(Marked))
+    assert type(out) is Marked
+    out.square().sum().backward()
+    assert healthy(model, state)
+
+
+@BUILDERS
+def test_writing_over_what_the_host_has_saved_is_refused_as_without_seeds(builder: Builder) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    inp = torch.randn(6, 8)
+    model = seeded(net, "1", builder, SeedState.TRAINING, inp=inp)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(inp).relu_().sum().backward()
+
+
 def test_an_error_in_a_hook_of_the_users_is_the_users() -> None:
     model = seeded(nn.Sequential(nn.Linear(8, 12)), seeds=3)
 

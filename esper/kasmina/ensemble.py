@@ -144,7 +144,7 @@ class Bottlenecks:
         self._usable = True
 
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
-        if self._runs_as_one():
+        if self._runs_as_one(host):
             try:
                 out = self._group.blend(host, inp, self._leaves(), in_place)
             except bottleneck.RefusedError as error:
@@ -155,7 +155,7 @@ class Bottlenecks:
         return self.individuals.blend(inp, host, in_place)
 
     def isolate(self, inp: Tensor, host: Tensor) -> Tensor:
-        if self._runs_as_one():
+        if self._runs_as_one(host):
             try:
                 out = self._group.isolate(host, inp, self._leaves())
             except bottleneck.RefusedError as error:
@@ -165,8 +165,14 @@ class Bottlenecks:
                     return out
         return self.individuals.isolate(inp, host)
 
-    def _runs_as_one(self) -> bool:
-        return self._usable and not torch.compiler.is_compiling() and not ops.is_exporting()
+    def _runs_as_one(self, host: Tensor) -> bool:
+        # What C++ returns is of no subclass.
+        return (
+            self._usable
+            and type(host) is Tensor
+            and not torch.compiler.is_compiling()
+            and not ops.is_exporting()
+        )
 
     def _leaves(self) -> list[Tensor]:
         """Return the seats' weights, one seat after the other, each in the op's order."""
