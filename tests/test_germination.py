@@ -4,6 +4,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
+from typing import Any
 
 import pytest
 import torch
@@ -382,3 +384,33 @@ def test_activations_and_convolutions_carry_seeds(library: MemoryLibrary) -> Non
 
 def test_the_site_of_a_seed_is_its_chunk(model: MorphableModel) -> None:
     assert model.kasmina_layers["0"].site(1) == LINEAR_8_4
+
+
+def test_a_layer_may_change_while_a_kernel_is_prepared_for_it(library: MemoryLibrary) -> None:
+    looking, changed = threading.Event(), threading.Event()
+
+    class Gate(nn.Identity):
+        """Holds the loading thread up while it looks through the layer."""
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread().name.startswith("esper-loader"):
+                looking.set()
+                assert changed.wait(60)
+            return super().named_modules(*args, **kwargs)
+
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(seeds_per_layer=2))
+    model.connect(library)
+    model.attach_optimizer(torch.optim.SGD(model.parameters()))
+    layer, artifact_id = model.kasmina_layers["0"], library.add()
+    assert asyncio.run(layer.load_kernel(0, artifact_id))
+    layer.default_transform.add_module("gate", Gate())
+    layer.request_germination(1, artifact_id, STRATEGY)
+    step(model)
+    assert looking.wait(60)
+    layer.cull(0, "test")
+    changed.set()
+    prepared = model.kasmina.tenancies["0", 1].prepared
+    assert prepared is not None
+    wait([prepared])
+    step(model)
+    assert layer.state(1) is S.TRAINING

@@ -74,8 +74,9 @@ class Loads:
         """Do all that can be done before the step that seats the kernel. Loading thread."""
         layer, seed_idx = tenancy.layer, tenancy.seed_idx
         kernel = self.load(layer, seed_idx, tenancy.artifact_id)
-        # The training thread asks again, and is told at once.
-        with contextlib.suppress(EsperError):
+        # The training thread asks again, and is told at once. RuntimeError: it changed a module's
+        # children while they were looked through here.
+        with contextlib.suppress(EsperError, RuntimeError):
             self._kasmina.enrollment.check(layer, kernel)
         seat = layer.make_seat(seed_idx, kernel, cells)
         return seat.train(layer.default_transform.training)
