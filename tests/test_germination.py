@@ -414,3 +414,22 @@ def test_a_layer_may_change_while_a_kernel_is_prepared_for_it(library: MemoryLib
     wait([prepared])
     step(model)
     assert layer.state(1) is S.TRAINING
+
+
+def test_a_prepared_kernel_goes_where_its_layer_has_gone_meanwhile(library: MemoryLibrary) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(seeds_per_layer=2))
+    model.connect(library)
+    own = list(model.parameters())
+    optimizer = torch.optim.SGD(own, lr=0.1)
+    model.attach_optimizer(optimizer)
+    layer = model.kasmina_layers["0"]
+    layer.request_germination(0, library.add(), STRATEGY)
+    step(model)
+    prepared = model.kasmina.tenancies["0", 0].prepared
+    assert prepared is not None
+    wait([prepared])
+    optimizer.param_groups[0]["params"].clear()
+    optimizer.add_param_group({"params": own, "lr": 0.01})
+    step(model)
+    assert layer.state(0) is S.TRAINING
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2 + 4]

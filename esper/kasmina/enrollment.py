@@ -66,10 +66,15 @@ class Plan:
 
     attachments: list[Attachment]
     places: list[tuple[Place, list[nn.Parameter]]]
+    guides: list[tuple[nn.Parameter, Group]]  # the layer's parameters that weights were sent after
     checked: bool = False  # the optimizers take them
 
     def holds(self, attachments: list[Attachment]) -> bool:
-        return self.attachments == attachments and all(place.exists() for place, _ in self.places)
+        return (
+            self.attachments == attachments
+            and all(place.exists() for place, _ in self.places)
+            and all(id(guide) in map(id, group["params"]) for guide, group in self.guides)
+        )
 
 
 class Enrollment:
@@ -165,41 +170,45 @@ class Enrollment:
     def _plan(self, layer: "KasminaLayer", kernel: Kernel) -> Plan:
         plan = self._plans.get(kernel)
         if plan is None or not plan.holds(self.attachments):
-            plan = Plan([*self.attachments], self._places(layer, [*kernel.parameters()]))
+            plan = self._new_plan(layer, [*kernel.parameters()])
             self._plans[kernel] = plan
         return plan
 
-    def _places(
-        self, layer: "KasminaLayer", weights: list[nn.Parameter]
-    ) -> list[tuple[Place, list[nn.Parameter]]]:
-        """Return where those of ``weights`` go that are in no optimizer yet."""
+    def _new_plan(self, layer: "KasminaLayer", weights: list[nn.Parameter]) -> Plan:
+        """Decide where those of ``weights`` go that are in no optimizer yet."""
+        attachments = [*self.attachments]
         homes = {
             id(parameter): (attachment, group)
-            for attachment in self.attachments
+            for attachment in attachments
             for group in attachment.optimizer.param_groups
             for parameter in group["params"]
         }
         chosen: dict[int, tuple[Place, list[nn.Parameter]]] = {}
+        guides: dict[int, tuple[nn.Parameter, Group]] = {}
         for weight in weights:
             if id(weight) in homes:
                 continue
-            attachment, group = self._home(homes, layer, weight)
+            guide = self._guide(homes, layer, weight)
+            if guide is None:
+                attachment, group = attachments[0], attachments[0].optimizer.param_groups[0]
+            else:
+                attachment, group = homes[id(guide)]
+                guides[id(guide)] = guide, group
             group = attachment.seed_group() or group
             place = Place(attachment.optimizer, group)
             chosen.setdefault(id(group), (place, []))[1].append(weight)
-        return list(chosen.values())
+        return Plan(attachments, list(chosen.values()), list(guides.values()))
 
-    def _home(
+    def _guide(
         self, homes: dict[int, tuple[Attachment, Group]], layer: "KasminaLayer", weight: Tensor
-    ) -> tuple[Attachment, Group]:
+    ) -> nn.Parameter | None:
         """Matrices go with matrices and vectors with vectors: users part them for weight decay."""
         for near in _by_nearness(self.layers, layer):
             own = [p for p in near.default_transform.parameters() if id(p) in homes]
             alike = [p for p in own if (p.dim() > 1) == (weight.dim() > 1)]
             if own:
-                return homes[id((alike or own)[0])]
-        first = self.attachments[0]
-        return first, first.optimizer.param_groups[0]
+                return (alike or own)[0]
+        return None
 
 
 def _names(layer: "KasminaLayer", seat: Seat, weights: list[nn.Parameter]) -> list[str]:
