@@ -567,7 +567,7 @@ def test_a_quick_run_has_the_rows_with_targets(quick_rows: list[Row]) -> None:
         assert targets["observed", f"{subject.name}, an observed step"] == "<= 1.1 x"
         row = f"{subject.name}, one step in 64 observed (derived from the row above)"
         assert targets["observed", row] == "<= 1.002 x"
-    row = "MLP 128-512-512-10, forward, 4 seeds of layer '2' / 1 seed"
+    row = "MLP 128-512-512-10, low_rank, forward, 4 seeds of layer '2' / 1 seed"
     assert targets["active", row] == "<= 1.3 x"
     for number in bank.NUMBERS:
         start = f"host memory of a seed, {number:,} seeds"

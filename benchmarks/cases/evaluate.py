@@ -44,7 +44,7 @@ def samples(plan: Plan, kernels: Kernels) -> Iterator[Finding]:
         yield deviation(f"{name}: p50 of the forward", judged.measurements)
         row = f"{name}: a verdict"
         yield exact(row, "core time", judged.core_s / count, unit="s", at_most=MAX_CORE_S)
-        yield kernels_a_day(row, judged.wall_s / count)
+        yield kernels_a_day(f"{name}: verdicts by one worker", judged.wall_s / count)
 
 
 def judge(bundle: KernelBundle, count: int) -> Judged:

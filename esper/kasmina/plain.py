@@ -100,7 +100,7 @@ def _weights(kernel: Kernel) -> nn.Module:
     root = nn.Module()
     for spec, weight in zip(kernel.program.parameters, kernel.weights(), strict=True):
         parent, name = _parent(root, spec.name)
-        parent.register_parameter(name, nn.Parameter(weight.detach()))
+        parent.register_parameter(name, nn.Parameter(weight.detach().clone()))
     for spec, buffer in zip(kernel.program.buffers, kernel.buffers(), strict=True):
         parent, name = _parent(root, spec.name)
         parent.register_buffer(name, buffer)
