@@ -69,14 +69,29 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    "blueprints",
+    "config",
+    "contracts",
+    "errors",
+    "nissa",
+    "oona",
+    "tamiyo",
+    "testing",
+    "tezzeret",
+    "tolaria",
+    "urabrask",
+    "urza",
+}
+
 # What a program wants to see of the library's log is for the program to say.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: a worker process needs only its own part."""
-    if name == "blueprints":
-        return importlib.import_module("esper.blueprints")
+    if name in _MODULES:
+        return importlib.import_module(f"esper.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'esper' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
@@ -84,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

@@ -107,6 +107,8 @@ class Pipeline:
     ):
         if not isinstance(model, MorphableModel):
             raise TypeError(f"{type(model).__name__} is not wrapped; call esper.wrap first")
+        if bus is not None and not isinstance(bus, Oona):
+            raise TypeError(f"bus must be an Oona, as esper.oona.connect(url) gives, got {bus!r}")
         self.model = model
         self._owns_library = library is None or isinstance(library, Path | str)
         self.urza: Library = (
@@ -132,6 +134,7 @@ class Pipeline:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._unheard_observations = 0
+        self._last_step = model.kasmina.step_count  # at the last end of an epoch
         self._observations: asyncio.Queue[Observation] = asyncio.Queue()
         self._foresight = asyncio.Lock()
         self._metrics_address = metrics_host, metrics_port
@@ -210,6 +213,8 @@ class Pipeline:
             with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
                 self._loop.call_soon_threadsafe(self._stop)
             self._thread.join(self._timeout_s)
+        elif not self._started.is_set():
+            self._loop.close()
         if self.metrics is not None:
             self.metrics.close()
         if self._owns_library:
@@ -261,6 +266,17 @@ class Pipeline:
         """Publish the end of an epoch; Tamiyo decides on it."""
         if self.model.kasmina.follows:
             return
+        if not self._started.is_set():
+            raise EsperError(
+                "the pipeline was not started: use it in a `with` block, or start() it"
+            )
+        if event.step == self._last_step:
+            logger.warning(
+                "no model.step() since the last end of an epoch (step %d): without it seeds neither "
+                "load kernels nor move",
+                event.step,
+            )
+        self._last_step = event.step
         self._unheard_observations = 0
         if self._synchronous:
             self.drain()

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +243,40 @@ class GrowAtOnce:
             reason="now",
         )
         return [command]
+
+
+def test_a_pipeline_that_was_not_started_says_so(model: MorphableModel, library: Urza) -> None:
+    pipeline = Pipeline(model, library, designs=one_design)
+    held_out = [(torch.randn(5, 6), torch.randn(5, 2))]
+    with pytest.raises(EsperError, match="the pipeline was not started: use it in a `with` block"):
+        pipeline.end_epoch(held_out, loss_per_sample, train_loss=1.0)
+    pipeline.close()
+
+
+def test_a_loop_that_forgets_the_step_is_told(
+    model: MorphableModel, library: Urza, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = [(torch.randn(5, 6), torch.randn(5, 2))]
+    with Pipeline(model, library, designs=one_design) as pipeline:
+        model.step()
+        pipeline.end_epoch(held_out, loss_per_sample, train_loss=1.0)
+        assert "no model.step()" not in caplog.text
+        pipeline.end_epoch(held_out, loss_per_sample, train_loss=1.0)
+    assert "no model.step() since the last end of an epoch (step 1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "plateau"}, r"policy must have a method decide\(view\).*got 'plateau'"),
+        ({"bus": "redis://x"}, r"bus must be an Oona, as esper\.oona\.connect.*got 'redis://x'"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_refused(
+    model: MorphableModel, library: Urza, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        Pipeline(model, library, **options)
 
 
 def test_a_users_policy_decides(model: MorphableModel, library: Urza) -> None:

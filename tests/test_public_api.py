@@ -4,6 +4,8 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import esper
 
 
@@ -41,6 +43,12 @@ def test_the_signature_of_wrap() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(esper, "nothing")
+
+
+@pytest.mark.parametrize("name", ["nissa.Run", "tamiyo.PlateauPolicy", "urza.connect", "errors"])
+def test_a_module_is_imported_when_it_is_first_named(name: str) -> None:
+    code = f"import esper; esper.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_esper_does_not_import_torch() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -251,6 +252,28 @@ def test_a_loader_without_batches_is_named() -> None:
         tolaria_for([BATCH], []).fit(1)
     with pytest.raises(ValueError, match="the loader gave no batch"):
         evaluate(nn.Linear(8, 2), [], loss_per_sample)
+
+
+INP, TARGET = BATCH
+
+
+@pytest.mark.parametrize(
+    ("loader", "found"),
+    [
+        (None, "NoneType"),
+        (INP, r"Tensor \(5, "),
+        ((INP, TARGET), r"Tensor \(5, "),
+        ([{"x": INP, "y": TARGET}], "dict"),
+        ([(INP, 1)], "tuple of Tensor, int"),
+        ([(INP[0], TARGET[0].sum())], "tuple of Tensor, Tensor"),
+    ],
+)
+def test_a_loader_of_something_else_is_named(loader: Any, found: str) -> None:
+    message = f"^the loader must give pairs of an input and a tensor of targets.*found {found}"
+    with pytest.raises(TypeError, match=message):
+        evaluate(nn.Linear(8, 2), loader, loss_per_sample)
+    with pytest.raises(TypeError, match=message.replace("loader", "validation loader")):
+        tolaria_for([BATCH], loader).fit(1)
 
 
 def test_a_generator_is_found_out_in_its_second_epoch() -> None:

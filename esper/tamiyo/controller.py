@@ -65,6 +65,11 @@ class Tamiyo:
         settings: TamiyoSettings | None = None,
         journal: Path | None = None,
     ):
+        if policy is not None and not callable(getattr(policy, "decide", None)):
+            raise TypeError(
+                "policy must have a method decide(view), as esper.tamiyo.PlateauPolicy has, "
+                f"got {policy!r}"
+            )
         self._bus = bus
         self._unrecorded = library, query_for
         self._journal = None if journal is None else Journal(journal, library, query_for)

@@ -116,9 +116,16 @@ def loss_per_sample(loss_fn: LossPerSample, output: Tensor, target: Tensor) -> T
 
 
 def batches_of(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """Go through a loader once; raise ``ValueError`` with its name if there was nothing in it."""
+    """Go through a loader once.
+
+    Raises ``TypeError`` with its name for batches that are none, and ``ValueError`` if there was
+    nothing in it.
+    """
+    _check_kind(loader, isinstance(loader, Iterable) and not isinstance(loader, Tensor), name)
     empty = True
     for batch in loader:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        _check_kind(batch, pair and isinstance(batch[1], Tensor) and batch[1].dim() > 0, name)
         empty = False
         yield batch
     if empty:
@@ -126,6 +133,23 @@ def batches_of(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
             f"the {name} gave no batch: it must be non-empty, and re-iterable as a DataLoader "
             "or a list is and a generator is not"
         )
+
+
+def _check_kind(found: object, is_right: bool, name: str) -> None:
+    if not is_right:
+        raise TypeError(
+            f"the {name} must give pairs of an input and a tensor of targets, (B, ...), as a "
+            f"DataLoader of a Dataset does; found {_described(found)}"
+        )
+
+
+def _described(found: object) -> str:
+    kind = type(found).__name__
+    if isinstance(found, Tensor):
+        return f"{kind} {tuple(found.shape)}"
+    if isinstance(found, tuple | list):
+        return f"{kind} of {', '.join(type(part).__name__ for part in found) or 'nothing'}"
+    return kind
 
 
 def check_wrapped(model: nn.Module) -> None:
