@@ -40,7 +40,6 @@ from esper.kasmina.observation import Observation
 from esper.oona import Oona
 from esper.oona.bus import TELEMETRY
 from esper.tamiyo import Policy, Tamiyo
-from esper.tamiyo.offers import Offer
 from esper.tezzeret import Tezzeret
 from esper.tolaria import measure_epoch
 from esper.tolaria.evaluation import Batch, LossPerSample
@@ -427,11 +426,16 @@ class Pipeline:
             blocks = self.model.kasmina.compiled_blocks
             if any(block.looks_ahead() for block in blocks) and not _is_refusal(message.payload):
                 async with self._foresight:
-                    await asyncio.to_thread(self._foresee, await self.tamiyo.prospects())
+                    await self._foresee()
 
-    def _foresee(self, prospects: list[Offer]) -> None:
-        for offer in prospects:
-            self.model.kasmina.foresee(offer.seed_id, offer.kernel.artifact_id)
+    async def _foresee(self) -> None:
+        try:
+            for offer in await self.tamiyo.prospects():
+                await asyncio.to_thread(
+                    self.model.kasmina.foresee, offer.seed_id, offer.kernel.artifact_id
+                )
+        except EsperError as error:  # of a library that is away: it is no more than foresight
+            logger.warning("nothing is compiled ahead: %s", error)
 
     def _sites(self) -> dict[tuple[SiteSignature, str], list[str]]:
         """Return the distinct sites of the model, and which layers have them."""
