@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     command = [sys.executable, "-m", "esper", "demo", "--seed", "3", "--with-bad-blueprint"]
     command += ["--epochs", str(EPOCHS), "--runs", str(folder)]
     for _ in range(2):
-        subprocess.run(command, check=True, capture_output=True, timeout=110)
+        subprocess.run(command, check=True, capture_output=True, timeout=280)
     return [folder / "demo", folder / "demo-2"]
 
 
@@ -36,7 +36,7 @@ def record(runs: list[Path]) -> RunRecord:
     return RunRecord.from_json((runs[0] / "run.json").read_text())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_two_runs_give_the_same_numbers(runs: list[Path]) -> None:
     first, second = (RunRecord.from_json((run / "run.json").read_text()) for run in runs)
     assert first.step_losses == second.step_losses
