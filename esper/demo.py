@@ -32,6 +32,7 @@ from esper.contracts import (
     GraftingStrategy,
     SiteSignature,
 )
+from esper.kasmina.export import export
 from esper.kasmina.model import MorphableModel, wrap
 from esper.nissa.journal import FINAL_RECORD, Journal
 from esper.nissa.network import summarize_network
@@ -271,7 +272,7 @@ class Demo:
     def _export(self, model: MorphableModel) -> None:
         sample = self.digits.test[0][:2]
         exported = torch.export.export(
-            model.eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            export(model).eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
         torch.export.save(exported, self.folder / "evolved.pt2")
 

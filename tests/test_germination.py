@@ -416,20 +416,40 @@ def test_a_layer_may_change_while_a_kernel_is_prepared_for_it(library: MemoryLib
     assert layer.state(1) is S.TRAINING
 
 
-def test_a_prepared_kernel_goes_where_its_layer_has_gone_meanwhile(library: MemoryLibrary) -> None:
+def prepare(library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch) -> MorphableModel:
+    """Return a model whose next step seats a kernel on layer "0"."""
     model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(seeds_per_layer=2))
     model.connect(library)
-    own = list(model.parameters())
-    optimizer = torch.optim.SGD(own, lr=0.1)
-    model.attach_optimizer(optimizer)
-    layer = model.kasmina_layers["0"]
-    layer.request_germination(0, library.add(), STRATEGY)
+    model.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    stepped, fetch = threading.Event(), library.fetch_kernel
+    monkeypatch.setattr(library, "fetch_kernel", lambda name: stepped.wait() and fetch(name))
+    model.kasmina_layers["0"].request_germination(0, library.add(), STRATEGY)
     step(model)
+    stepped.set()
     prepared = model.kasmina.tenancies["0", 0].prepared
     assert prepared is not None
     wait([prepared])
+    return model
+
+
+def test_a_prepared_kernel_goes_where_its_layer_has_gone_meanwhile(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(library, monkeypatch)
+    [optimizer] = [attached.optimizer for attached in model.kasmina.enrollment.attachments]
     optimizer.param_groups[0]["params"].clear()
-    optimizer.add_param_group({"params": own, "lr": 0.01})
+    optimizer.add_param_group({"params": list(model.parameters()), "lr": 0.01})
     step(model)
-    assert layer.state(0) is S.TRAINING
+    assert model.kasmina_layers["0"].state(0) is S.TRAINING
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2 + 4]
+
+
+def test_a_prepared_kernel_is_given_up_where_its_layer_has_another_dtype(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = prepare(library, monkeypatch)
+    model.double()
+    model.step()
+    assert model.kasmina_layers["0"].state(0) is S.DORMANT
+    assert "layer '0' has become torch.float64 on cpu while its kernel was" in caplog.text
+    model(torch.randn(5, 8, dtype=torch.float64)).sum().backward()

@@ -130,6 +130,12 @@ class Loads:
                 f"layer '{layer.name}' has a forward of its own on the instance, which an active "
                 "class cannot reach"
             )
+        weights = seat.kernel.weights()
+        if any((w.dtype, w.device) != (layer.dtype, layer.device) for w in weights):
+            return EsperError(
+                f"layer '{layer.name}' has become {layer.dtype} on {layer.device} while its kernel "
+                f"was prepared as {weights[0].dtype} on {weights[0].device}"
+            )
         try:
             self._kasmina.enrollment.check(layer, seat.kernel)
         except EsperError as error:
