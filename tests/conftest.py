@@ -1,5 +1,6 @@
 """Settings of every test: one thread, fixed seeds, and CUDA tests that are skipped aloud."""
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -51,6 +52,15 @@ def _fixed_seed() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Have nothing compiled, and whatever is compiled run so."""
+    gc.collect()  # models of other tests that were left while they were observed
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+    importlib.import_module("torch._dynamo.utils").counters.clear()  # slow to import
 
 
 @pytest.fixture(params=["cpp", "python"])

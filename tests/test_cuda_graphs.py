@@ -147,7 +147,7 @@ def test_alpha_moves_between_replays(grad: bool, device: str) -> None:
     assert model.kasmina.bank.fields["alpha_blend"][: NUM_SEEDS * 2].tolist() == [1.0] * 4
 
 
-def test_alpha_moves_between_runs_of_code_that_is_compiled_once() -> None:
+def test_alpha_moves_between_runs_of_code_that_is_compiled_once(fresh_compiler: None) -> None:
     model, inp = grown(net("cpu"), S.GRAFTING, "cpu"), batch("cpu")
     counter = CompileCounter()
     run = torch.compile(model, backend=counter, fullgraph=True)

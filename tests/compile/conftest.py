@@ -1,10 +1,8 @@
 """Fixtures of the tests of compiling."""
 
-import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
 from compile_cases import HeldCompiler, net, wrapped
 from kasmina_library import MemoryLibrary
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,11 +33,7 @@ def eager_counter() -> CompileCounterWithBackend:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    gc.collect()  # models of other tests that were left while they were observed
-    torch.compiler.reset()
-    torch.compiler.set_stance("default")
-    counters.clear()
+def _no_graph_break(fresh_compiler: None) -> Iterator[None]:
     yield
     assert not counters["graph_break"]
 
