@@ -169,6 +169,8 @@ class _Child:
             self._stdin.close()
         await self._ended(_LAST_WORDS_S)
         self._tail_task.cancel()
+        # One that is slow to die keeps its pipes open; asyncio has no public way to close ours.
+        self._process._transport.close()  # type: ignore[attr-defined]
         tail = self._tail.decode(errors="replace").strip()
         return f"exit status {self._process.returncode}, stderr ends: {tail or '(empty)'}"
 
