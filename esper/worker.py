@@ -167,10 +167,13 @@ class _Child:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._stdin.close()
-        await self._ended(_LAST_WORDS_S)
-        self._tail_task.cancel()
-        # One that is slow to die keeps its pipes open; asyncio has no public way to close ours.
-        self._process._transport.close()  # type: ignore[attr-defined]
+        try:
+            await self._ended(_LAST_WORDS_S)
+        finally:
+            self._tail_task.cancel()
+            # One that is slow to die keeps its pipes open; asyncio has no public way to close ours.
+            self._process._transport.close()  # type: ignore[attr-defined]
+        await asyncio.sleep(0)  # in which the loop does so: it may be about to end
         tail = self._tail.decode(errors="replace").strip()
         return f"exit status {self._process.returncode}, stderr ends: {tail or '(empty)'}"
 
