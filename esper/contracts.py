@@ -6,6 +6,7 @@ that have no torch at all. Ids are lowercase hexadecimal SHA-256 digests of cano
 """
 
 import hashlib
+import json
 import math
 import time
 import uuid
@@ -130,7 +131,25 @@ def canonical_json(value: Any) -> bytes:
     which pydantic reads back as numbers. And it writes 1e20 with all its digits, which Python reads
     back as an integer: that is the same number, and has the same form.
     """
+    if _is_plain(value):  # written the same by Python's encoder, in a fourth of the time
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return rfc8785.dumps(_in_json(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there are no floats, no large integers and nothing but ASCII in ``value``."""
+    kind = type(value)
+    if kind is str:
+        return bool(value.isascii())
+    if kind is int:
+        return bool(-_LARGEST_EXACT <= value <= _LARGEST_EXACT)
+    if kind is dict:
+        return all(type(key) is str and key.isascii() for key in value) and all(
+            map(_is_plain, value.values())
+        )
+    if kind is list or kind is tuple:
+        return all(map(_is_plain, value))
+    return value is None or kind is bool
 
 
 def _in_json(value: Any) -> Any:

@@ -81,6 +81,25 @@ def test_copy_computes_with_its_own_weights_and_buffers(stateful: Artifact) -> N
     assert not torch.equal(twin(inp, act), before)
 
 
+def test_a_replica_is_the_artifact_with_weights_and_buffers_of_its_own(
+    stateful: Artifact,
+) -> None:
+    kernel = Kernel.build(*stateful).eval()
+    inp, act = inputs()
+    before, tensors = kernel(inp, act), kernel.state_dict()
+    kernel.register_forward_hook(lambda *_: torch.zeros(1))
+    replica = kernel.replica()
+    assert [*replica.__dict__] == [*Kernel.build(*stateful).__dict__]
+    assert (replica.artifact_id, replica.program) == (kernel.artifact_id, kernel.program)
+    assert not replica.training
+    assert all(parameter.requires_grad for parameter in replica.parameters())
+    assert torch.equal(replica(inp, act), before), "without the hook"
+    for name, tensor in replica.state_dict().items():
+        assert torch.equal(tensor, tensors[name])
+        assert tensor.data_ptr() != tensors[name].data_ptr()
+    assert kernel.replica().train()._train is kernel._train
+
+
 def test_pickle_and_state_dict(stateful: Artifact) -> None:
     kernel = Kernel.build(*stateful)
     inp, act = inputs()

@@ -192,6 +192,21 @@ def test_round_trip_keeps_whole_floats_apart_from_integers() -> None:
     assert "add(act, 2.0)" in Program.from_json(dumps(document)).source(training=True)
 
 
+def test_a_design_that_does_the_same_in_both_modes_has_one_graph() -> None:
+    document = gated()
+    program = Program.from_json(dumps(document))
+    assert program.eval is program.train
+    for node, literal in zip(("train", "eval"), (True, 1), strict=True):
+        document[node]["nodes"] = [
+            {"op": "aten.add.Tensor", "args": [{"input": "act"}, literal], "kwargs": {}}
+        ]
+        document[node]["output"] = {"node": 0}
+    program = Program.from_json(dumps(document))
+    assert program.eval is not program.train, "True == 1, and yet they are two"
+    assert "act, True" in program.source(training=True)
+    assert "act, 1" in program.source(training=False)
+
+
 @pytest.mark.parametrize("dim", [-3, -1, 0, 2])
 def test_slice_is_that_of_aten(dim: int) -> None:
     op, x = operator("aten.slice.Tensor"), torch.randn(4, 5, 6)

@@ -34,6 +34,8 @@ class KernelCache:
     def __init__(self, capacity_bytes: int):
         self.capacity_bytes = capacity_bytes
         self._kernels: OrderedDict[str, Kernel] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # of those kernels, in bytes
+        self._held_bytes = 0
         self._pins: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -49,9 +51,11 @@ class KernelCache:
 
     def put(self, kernel: Kernel) -> None:
         """Add a prototype, and drop those used least lately until the capacity holds."""
+        artifact_id, size = kernel.artifact_id, kernel_bytes(kernel)
         with self._lock:
-            self._kernels[kernel.artifact_id] = kernel
-            self._kernels.move_to_end(kernel.artifact_id)
+            self._held_bytes += size - self._sizes.get(artifact_id, 0)
+            self._kernels[artifact_id], self._sizes[artifact_id] = kernel, size
+            self._kernels.move_to_end(artifact_id)
             evicted = self._drop_surplus()
         del evicted  # freed here, outside the lock
 
@@ -74,23 +78,21 @@ class KernelCache:
                 misses=self._counts["misses"],
                 evictions=self._counts["evictions"],
                 num_kernels=len(self._kernels),
-                held_bytes=self._held_bytes(),
+                held_bytes=self._held_bytes,
                 capacity_bytes=self.capacity_bytes,
             )
 
-    def _held_bytes(self) -> int:
-        return sum(kernel_bytes(kernel) for kernel in self._kernels.values())
-
     def _drop_surplus(self) -> list[Kernel]:
-        held = self._held_bytes()
+        if self._held_bytes <= self.capacity_bytes:
+            return []
         evicted = []
         for artifact_id in list(self._kernels):
-            if held <= self.capacity_bytes:
+            if self._held_bytes <= self.capacity_bytes:
                 break
             if artifact_id in self._pins:
                 continue
             evicted.append(self._kernels.pop(artifact_id))
-            held -= kernel_bytes(evicted[-1])
+            self._held_bytes -= self._sizes.pop(artifact_id)
         self._counts["evictions"] += len(evicted)
         return evicted
 

@@ -17,6 +17,10 @@ GRAPH_FILE = "graph.json"
 PARAMS_FILE = "params.safetensors"
 
 
+# What the kernels of one artifact have in common: none of it holds a tensor.
+_SHARED = ("manifest", "artifact_id", "program", "compiled", "_train", "_eval")
+
+
 class TrainingStep(Protocol):
     """Machine code for some of the training graph's calls."""
 
@@ -75,6 +79,24 @@ class Kernel(nn.Module):
         """Whether the result may be ``act`` itself, or the backward pass may need it."""
         return self.program.keeps_act or (self.compiled is not None and self.compiled.keeps_act)
 
+    def replica(self) -> "Kernel":
+        """Return a kernel with weights and buffers of its own, for one seed. Any thread.
+
+        It has what the artifact says and nothing that was added since, such as hooks; it takes a
+        fourth of the time of a deepcopy, which makes the functions of the program anew.
+        """
+        twin = Kernel.__new__(Kernel)
+        nn.Module.__init__(twin)
+        twin.__dict__ |= {name: self.__dict__[name] for name in _SHARED}
+        for name, weight in self._parameters.items():
+            assert weight is not None
+            own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            twin.register_parameter(name, own)
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            twin.register_buffer(name, buffer.clone())
+        return twin.train(self.training)
+
     def weights(self) -> tuple[nn.Parameter, ...]:
         """Return the parameters in the program's order."""
         return tuple(self._parameters.values())  # type: ignore[arg-type]
@@ -104,7 +126,8 @@ class Kernel(nn.Module):
 
     def _compile(self) -> None:
         self._train = self.program.compile(training=True)
-        self._eval = self.program.compile(training=False)
+        same = self.program.eval is self.program.train
+        self._eval = self._train if same else self.program.compile(training=False)
 
 
 def _load(data: bytes, program: Program) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ which is why digest and signature are checked first, over the very bytes that ar
 """
 
 import contextlib
-import copy
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
@@ -57,7 +56,7 @@ class KernelLoader:
         prototype = self._prototype((artifact_id, site, dtype, device))
         check_fit(prototype.manifest, site, dtype, device)
         with _own_stream(device) as hand_over:
-            return hand_over(copy.deepcopy(prototype))
+            return hand_over(prototype.replica())
 
     def _prototype(self, request: "_Request") -> Kernel:
         with self._turn:
@@ -125,7 +124,7 @@ def warm_up(kernel: Kernel, device: torch.device) -> None:
         tensor.to(device)
         for tensor in example_inputs(manifest.site, manifest.dtype, 2, generator=random)
     )
-    replica = copy.deepcopy(kernel).train(not kernel.stochastic)
+    replica = kernel.replica().train(not kernel.stochastic)
     with torch.enable_grad():
         out = replica(inp, act.requires_grad_())
         if out.requires_grad:
@@ -172,7 +171,7 @@ def check_fit(
                 f"kernel {manifest.artifact_id[:12]} ({manifest.design.name}) was validated for "
                 f"{field} {found}, the layer needs {expected}"
             )
-    if manifest.site not in (site, flattened(site)):
+    if manifest.site != site and manifest.site != flattened(site):
         raise ArtifactMismatchError(
             f"kernel {manifest.artifact_id[:12]} ({manifest.design.name}) was made for site "
             f"{manifest.site}, the layer has {site}"

@@ -63,7 +63,10 @@ class Program:
         check_weights(self.parameters, self.buffers)
         weights = [Ref("param", spec.name) for spec in self.parameters]
         weights += [Ref("buffer", spec.name) for spec in self.buffers]
-        for mode, graph in (("train", self.train), ("eval", self.eval)):
+        graphs = {"train": self.train}
+        if self.eval is not self.train:
+            graphs["eval"] = self.eval
+        for mode, graph in graphs.items():
             try:
                 check_graph(graph, weights)
             except ArtifactError as error:
@@ -181,13 +184,17 @@ def _read_program(data: Any) -> Program:
     specs = sequence(inputs, read_spec)
     if [spec.name for spec in specs] != ["inp", "act"]:
         raise ArtifactError(f"inputs must be inp and act, got {[spec.name for spec in specs]}")
+    # Told apart by repr, since True == 1. Most designs do the same in both modes: one graph is then
+    # read, checked and made into a function once.
+    graph = read_graph(train)
+    same = repr(train) == repr(evaluation)
     return Program(
         inp=specs[0],
         act=specs[1],
         parameters=sequence(parameters, read_spec),
         buffers=sequence(buffers, read_spec),
-        train=read_graph(train),
-        eval=read_graph(evaluation),
+        train=graph,
+        eval=graph if same else read_graph(evaluation),
         seed=integer(*fields(init, "seed")),
     )
 
