@@ -6,6 +6,7 @@ No test looks at a measured time.
 import itertools
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import findings, instructions, peers, plot, run
+from benchmarks import findings, instructions, peers, plot, run, schedule
 from benchmarks.cases import (
     CASES,
     active,
@@ -574,6 +575,13 @@ def test_a_quick_run_has_the_rows_with_targets(quick_rows: list[Row]) -> None:
         assert [limit for (_, row), limit in targets.items() if row.startswith(start)] == [
             "<= 64 B"
         ]
+
+
+def test_the_clock_of_the_run_queue_is_the_one_that_linux_shows() -> None:
+    shown = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    with schedule._queue_clock() as queued_ns:
+        before, queued, after = shown.read_text(), queued_ns(), shown.read_text()
+    assert int(before.split()[1]) <= queued <= int(after.split()[1])
 
 
 @pytest.mark.skipif(not peers.HAS_PEFT, reason="peft is not installed")

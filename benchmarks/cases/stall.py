@@ -4,14 +4,21 @@ Busy is everything at once: a forge that compiles, an evaluator that benchmarks,
 children, and a loader that loads, verifies and builds one kernel after another in a thread. It needs
 a core that is spare. Blocks of steps with and without that alternate.
 
-Blocked is the time of a step in which its thread neither ran nor waited for a core: wall time
-minus CPU time minus the time in the run queue, which Linux tells for each thread.
+Blocked is the time in which the training thread neither ran nor waited for a core: wall time minus
+CPU time minus the time in the run queue, which Linux tells for each thread. For a load it is that of
+all steps from the load's begin to its end, mostly one. Where loads follow one another, a step has as
+many of them as fit in between its operators.
+
+A hypervisor that takes a core away seems to block a thread, too. How much of that there is shows in a
+loop that computes for as long as a step, and needs no lock, no memory and no system for it.
 """
 
 import asyncio
 import contextlib
+import functools
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 
 import torch
@@ -31,6 +38,7 @@ from esper.kasmina.loader import KernelLoader, compute_alone
 
 BLOCKS = 6  # of each kind
 STEPS = 400  # a block
+SPINS = 60_000  # about a millisecond
 DESIGN = "residual_mlp"
 
 
@@ -43,9 +51,14 @@ def samples(plan: Plan, kernels: Kernels) -> Iterator[Finding]:
     idle: list[Spent] = []
     busy: list[Spent] = []
     loading: list[Spent] = []
+    alone: list[Spent] = []
+    single: list[Spent] = []
     for _ in range(1 if plan.quick else BLOCKS):
         steps = 5 if plan.quick else STEPS
         idle += timed(step, steps)
+        alone += each(spin, steps)
+        with loads_on_demand(kernels, model) as load:
+            single += timed(functools.partial(while_loading, step, load), steps // 4)
         with busy_loader(kernels, model):
             loading += timed(step, steps)
             with busy_workers(plan, model):
@@ -54,10 +67,15 @@ def samples(plan: Plan, kernels: Kernels) -> Iterator[Finding]:
     row = f"{name}, pipeline busy / idle"
     walls = [spent.wall_ns for spent in busy]
     yield ratio_of_medians(row, walls, "idle", [s.wall_ns for s in idle], at_most=1.05)
-    for what, of, at_most in (("idle", idle, None), ("one load after another", loading, 1_000)):
+    for what, of, at_most in (
+        ("a loop that needs nothing", alone, None),
+        (f"{name}, idle", idle, None),
+        (f"{name}, one load", single, 1_000),
+        (f"{name}, one load after another", loading, None),
+    ):
         blocked = [spent.blocked_ns for spent in of]
-        yield quantile(f"{name}, {what}: blocked", blocked, 50)
-        yield quantile(f"{name}, {what}: blocked", blocked, 99, at_most=at_most)
+        yield quantile(f"{what}: blocked", blocked, 50)
+        yield quantile(f"{what}: blocked", blocked, 99, at_most=at_most)
 
 
 def timed(step: Work, count: int) -> list[Spent]:
@@ -66,20 +84,61 @@ def timed(step: Work, count: int) -> list[Spent]:
         return each(step, count)
 
 
+def spin() -> None:
+    """Compute for about a millisecond."""
+    for _ in range(SPINS):
+        pass
+
+
+def while_loading(step: Work, load: Callable[[], threading.Event]) -> None:
+    """Run steps from the begin of a load to its end."""
+    loaded = load()
+    step()
+    while not loaded.is_set():
+        step()
+
+
 @contextlib.contextmanager
-def busy_loader(kernels: Kernels, model: esper.MorphableModel) -> Iterator[None]:
-    """Load one kernel after another meanwhile, each from the library."""
+def loads_on_demand(
+    kernels: Kernels, model: esper.MorphableModel
+) -> Iterator[Callable[[], threading.Event]]:
+    """Yield what begins to load a kernel from the library in a thread of its own."""
+    prepare = library_load(kernels, model)
+    wanted: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
+
+    def serve() -> None:
+        compute_alone()
+        while (loaded := wanted.get()) is not None:
+            prepare()
+            loaded.set()
+
+    def begin() -> threading.Event:
+        wanted.put(loaded := threading.Event())
+        return loaded
+
+    with _thread(serve, lambda: wanted.put(None)):
+        yield begin
+
+
+def library_load(kernels: Kernels, model: esper.MorphableModel) -> Work:
+    """Return what loads a kernel from the library, as if it were the first time."""
     layer = model.kasmina_layers["0"]
     artifact_id = kernels.artifact(DESIGN, layer.site(0))
     loader = KernelLoader(kernels.library(), KernelCache(0))
-    enough = threading.Event()
+    return lambda: loader.prepare(artifact_id, layer.site(0), layer.dtype, layer.device)
+
+
+@contextlib.contextmanager
+def busy_loader(kernels: Kernels, model: esper.MorphableModel) -> Iterator[None]:
+    """Load one kernel after another meanwhile, each from the library."""
+    prepare, enough = library_load(kernels, model), threading.Event()
 
     def load() -> None:
         compute_alone()
         while not enough.is_set():
-            loader.prepare(artifact_id, layer.site(0), layer.dtype, layer.device)
+            prepare()
 
-    with _thread(load, enough):
+    with _thread(load, enough.set):
         yield
 
 
@@ -107,17 +166,17 @@ def busy_workers(plan: Plan, model: esper.MorphableModel) -> Iterator[None]:
         with TemporaryDirectory() as folder, esper.Urza(folder) as library:
             asyncio.run(work(library))
 
-    with _thread(run, enough):
+    with _thread(run, enough.set):
         at_work.wait()
         yield
 
 
 @contextlib.contextmanager
-def _thread(run: Work, enough: threading.Event) -> Iterator[None]:
+def _thread(run: Work, end: Work) -> Iterator[None]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
         yield
     finally:
-        enough.set()
+        end()
         thread.join()
