@@ -26,7 +26,9 @@ from esper.contracts import (
     SiteSignature,
 )
 from esper.errors import LifecycleError
+from esper.kasmina.ensemble import Bottlenecks, Ensemble
 from esper.kasmina.model import MorphableModel
+from esper.kasmina.seats import seats_of
 
 S = SeedState
 STRATEGY = GraftingStrategy(
@@ -303,7 +305,7 @@ def test_wrong_arguments_raise_before_anything_is_loaded(
 ) -> None:
     artifact_id = library.add()
     for name, seed_idx, alpha, message in [
-        ("blocks.9", 0, 0.3, "Layer blocks.9 not found"),
+        ("blocks.9", 0, 0.3, r"Layer blocks.9 not found \(layers with seeds: '0', '1', '2'\)"),
         ("0", 7, 0.3, "Invalid seed index: 7"),
         ("0", -1, 0.3, "Invalid seed index: -1"),
         ("0", 1, 1.4, r"seed 1 on '0': alpha must lie in \[0, 1\], got 1.4"),
@@ -416,20 +418,90 @@ def test_a_layer_may_change_while_a_kernel_is_prepared_for_it(library: MemoryLib
     assert layer.state(1) is S.TRAINING
 
 
-def prepare(library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch) -> MorphableModel:
-    """Return a model whose next step seats a kernel on layer "0"."""
+def prepare(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch, neighbour: bool = False
+) -> MorphableModel:
+    """Return a model whose next step seats a kernel on layer "0", as they do a ``neighbour``."""
     model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), settings=SeedSettings(seeds_per_layer=2))
     model.connect(library)
     model.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     stepped, fetch = threading.Event(), library.fetch_kernel
     monkeypatch.setattr(library, "fetch_kernel", lambda name: stepped.wait() and fetch(name))
-    model.kasmina_layers["0"].request_germination(0, library.add(), STRATEGY)
+    for seed_idx in range(1 + neighbour):
+        model.kasmina_layers["0"].request_germination(seed_idx, library.add(), STRATEGY)
     step(model)
     stepped.set()
+    for tenancy in model.kasmina.tenancies.values():
+        assert tenancy.prepared is not None
+        wait([tenancy.prepared])
+    return model
+
+
+def unheard(model: MorphableModel) -> list[Ensemble]:
+    seats = seats_of(model.kasmina_layers["0"].default_transform)
+    assert seats is not None
+    return seats._unheard
+
+
+def formed(model: MorphableModel) -> list[Ensemble]:
+    """Return what was formed beforehand for the kernel on seed 0."""
     prepared = model.kasmina.tenancies["0", 0].prepared
     assert prepared is not None
-    wait([prepared])
-    return model
+    return prepared.result().ensembles
+
+
+def test_how_a_kernel_computes_is_settled_before_the_step_that_seats_it(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(library, monkeypatch)
+    [beforehand] = formed(model)
+    assert isinstance(beforehand, Bottlenecks)
+    model.step()
+    assert unheard(model) == [beforehand]
+    step(model)
+    assert all(weight.grad is not None for weight in beforehand.seats[0].kernel.weights())
+
+
+def test_a_prepared_kernel_computes_with_a_neighbour_that_came_meanwhile(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(library, monkeypatch, neighbour=True)
+    [beforehand] = formed(model)
+    model.step()
+    [together] = unheard(model)
+    assert together is not beforehand
+    assert [seat.seed_idx for seat in together.seats] == [0, 1]
+    step(model)
+    weights = [weight for seat in together.seats for weight in seat.kernel.weights()]
+    assert all(weight.grad is not None for weight in weights)
+
+
+def test_a_prepared_kernel_computes_with_the_bank_where_it_is(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moving the model gives the layer other views of the bank, wherever it goes."""
+    model = prepare(library, monkeypatch)
+    [beforehand] = formed(model)
+    model.to(torch.float32)
+    model.step()
+    [seated] = unheard(model)
+    assert seated is not beforehand
+    cells = seated.seats[0].cells
+    assert isinstance(seated, Bottlenecks)
+    assert seated.cells is cells
+    assert model.kasmina_layers["0"].state(0) is S.TRAINING
+
+
+def test_a_prepared_kernel_has_the_mode_that_its_layer_has_by_then(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(library, monkeypatch)
+    model.eval()
+    model.step()
+    seats = seats_of(model.kasmina_layers["0"].default_transform)
+    assert seats is not None
+    assert not any(module.training for seat in seats.occupants() for module in seat.modules())
+    assert not seats.training
 
 
 def test_a_prepared_kernel_goes_where_its_layer_has_gone_meanwhile(

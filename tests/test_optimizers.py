@@ -368,8 +368,9 @@ def test_lbfgs_goes_on_beside_a_refused_seed(library: MemoryLibrary) -> None:
         if number == 1:
             germinate(model, library)
     assert_same(list(model.parameters()), list(plain.parameters()))
+    other = wrapped(library)
     with pytest.raises(ValueError, match="LBFGS has one parameter group alone"):
-        wrapped(library).attach_optimizer(optimizer, lr=0.1)
+        other.attach_optimizer(torch.optim.LBFGS(other.parameters()), lr=0.1)
 
 
 def test_a_kernel_in_place_is_refused_by_attaching(library: MemoryLibrary) -> None:
@@ -398,6 +399,68 @@ def test_a_state_dict_with_a_refused_kernel_changes_nothing(library: MemoryLibra
         model.load_state_dict(grown.state_dict())
     assert model.kasmina_layers["0"].state(1) is S.DORMANT
     assert len(members(muon)[0]) == 2
+
+
+def test_an_optimizer_of_another_model_is_refused(library: MemoryLibrary) -> None:
+    model = wrapped(library)
+    foreign = torch.optim.Adam(host().parameters())
+    with pytest.raises(ValueError, match="Adam has none of the parameters of this Sequential"):
+        model.attach_optimizer(foreign)
+    assert not model.kasmina.enrollment.attachments
+    model.attach_optimizer(torch.optim.Adam(model[2].parameters()))
+
+
+def test_an_optimizer_of_kernels_alone_is_one_of_the_models(library: MemoryLibrary) -> None:
+    model = wrapped(library)
+    model.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    germinate(model, library)
+    of_kernel = torch.optim.Adam(kernel_of(model).parameters())
+    model.attach_optimizer(of_kernel)
+    assert model.kasmina.enrollment.attachment_of(of_kernel) is not None
+
+
+def test_an_optimizer_is_asked_again_with_other_options(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the preparation of a kernel and the step that seats it."""
+    asked: list[float] = []
+
+    class Choosy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            decay = self.param_groups[0]["weight_decay"]
+            if closure is not None:  # a trial
+                asked.append(decay)
+                if decay > 0.5:
+                    raise RuntimeError("this decay is too much")
+            return super().step()
+
+    model, prepared = unseated(library, monkeypatch, lambda net: Choosy(net.parameters(), lr=0.1))
+    [group] = model.kasmina.enrollment.attachments[0].optimizer.param_groups
+    wait([prepared])
+    assert asked == [0, 0]
+    group["lr"], group["weight_decay"] = 0.2, 0.75
+    model.step()
+    assert asked == [0, 0, 0.75]
+    assert model.kasmina_layers["0"].state(1) is S.DORMANT
+    model.kasmina.close()
+
+
+def unseated(
+    library: MemoryLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+) -> tuple[MorphableModel, Any]:
+    """Return a model whose next step seats a kernel, and the future of its preparation."""
+    stepped, fetch = threading.Event(), library.fetch_kernel
+    monkeypatch.setattr(library, "fetch_kernel", lambda name: stepped.wait() and fetch(name))
+    model = esper.wrap(host(), settings=SETTINGS.model_copy(update={"deterministic": False}))
+    model.connect(library)
+    model.attach_optimizer(make(model))
+    germinate(model, library)
+    stepped.set()
+    prepared = model.kasmina.tenancies["0", 1].prepared
+    assert prepared is not None
+    return model, prepared
 
 
 class Demanding(torch.optim.SGD):
@@ -578,6 +641,10 @@ def test_an_optimizer_for_the_same_parameters_takes_the_others_place(
     assert len(members(second)[0]) == 4 + 4
 
 
+def plain_sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=1e-2)
+
+
 def exchange_groups(model: MorphableModel, optimizer: torch.optim.Optimizer) -> Optimizers:
     groups = optimizer.param_groups
     groups[:] = [{**group, "params": [*group["params"]]} for group in groups]
@@ -596,16 +663,8 @@ def test_a_prepared_kernel_joins_what_is_there_when_it_is_seated(
     library: MemoryLibrary,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stepped, fetch = threading.Event(), library.fetch_kernel
-    monkeypatch.setattr(library, "fetch_kernel", lambda name: stepped.wait() and fetch(name))
-    model = esper.wrap(host(), settings=SETTINGS.model_copy(update={"deterministic": False}))
-    model.connect(library)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
-    germinate(model, library)
-    stepped.set()
-    prepared = model.kasmina.tenancies["0", 1].prepared
-    assert prepared is not None
+    model, prepared = unseated(library, monkeypatch, plain_sgd)
+    [optimizer] = [attached.optimizer for attached in model.kasmina.enrollment.attachments]
     wait([prepared])
     old_groups = optimizer.param_groups[:]
 

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import esper
 from esper.config import SeedSettings
 from esper.errors import EsperError
+from esper.kasmina.morph import made_once
 
 
 def mlp() -> nn.Module:
@@ -226,3 +229,23 @@ def test_a_refused_call_leaves_the_model_untouched() -> None:
         esper.wrap(model, ["0", "9"])
     assert type(model) is nn.Sequential
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.GELU, nn.Linear]
+
+
+def test_a_class_is_derived_once_whichever_thread_asks_first() -> None:
+    asked, go_on = threading.Event(), threading.Event()
+    made: list[type[nn.Module]] = []
+
+    def make(host: type[nn.Module]) -> type[nn.Module]:
+        made.append(host)
+        asked.set()
+        assert go_on.wait(60)
+        return type(f"Of{host.__name__}", (host,), {})
+
+    derive = made_once(make)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(derive, nn.Linear)
+        assert asked.wait(60)
+        second = pool.submit(derive, nn.Linear)
+        go_on.set()
+        assert first.result() is second.result() is derive(nn.Linear)
+    assert made == [nn.Linear]

@@ -25,6 +25,7 @@ from esper.kasmina.transfer import PendingCopy, host_bytes
 
 Layout = dict[str, tuple[int, str, tuple[int, ...]]]  # offset in bytes, dtype, shape
 
+_STATES = {state.value: state for state in SeedState}  # looked up faster than an enum finds them
 _FORMATS = {"int64": "q", "float32": "f", "int32": "i", "uint8": "B"}
 # Written by ``tick`` and the blending ops, for seeds in TRAINING to FOSSILIZED. All other fields
 # are written by the host alone, but for the health accumulator.
@@ -60,6 +61,7 @@ class SeedBank:
         """Take up residence on a device, with what the mirror holds."""
         self.device = device
         self.arena = arena_on(device, self._host_arena)
+        self._is_far = self.arena is not self._host_arena
         # As tensors of their own: autograd and compilers need not know that two fields lie in one
         # arena, and refuse some views of one that are of different dtypes.
         views = typed_views(self.arena, self._layout)
@@ -68,10 +70,6 @@ class SeedBank:
         self._snapshot: tuple[_Buffer, PendingCopy] | None = None
         self._refresh: PendingCopy | None = None
         self._landing: Tensor | None = None
-
-    @property
-    def _is_far(self) -> bool:
-        return self.arena is not self._host_arena
 
     # ------------------------------------------------------------------ what the host writes
 
@@ -122,7 +120,7 @@ class SeedBank:
             raise IndexError(f"seed index must lie in [0, {self.num_seeds - 1}], got {index}")
 
     def state(self, index: int) -> SeedState:
-        return SeedState(self.block.state(index))
+        return _STATES[self.block.state(index)]
 
     def set_alpha(self, index: int, alpha: float) -> None:
         """Fix alpha; a running ramp ends. Raises ``ValueError`` for one outside [0, 1]."""

@@ -6,7 +6,7 @@ An optimizer of sharded parameters always gets a group of seeds.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from esper.kasmina.layer import KasminaLayer
 
 Group = dict[str, Any]
+
+_NO_REASON_TO_REFUSE = frozenset(("params", "param_names", "lr", "initial_lr"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,22 @@ class Place:
     group: Group
 
     def exists(self) -> bool:
-        return any(group is self.group for group in self.optimizer.param_groups)
+        return id(self.group) in map(id, self.optimizer.param_groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A parameter of the layer's that weights were sent after."""
+
+    parameter: nn.Parameter
+    group: Group
+    position: int  # in the group, when it was found there
+
+    def is_there(self) -> bool:
+        members = self.group["params"]
+        if self.position < len(members) and members[self.position] is self.parameter:
+            return True  # without a walk through a large model's parameters
+        return id(self.parameter) in map(id, members)
 
 
 @dataclass(eq=False)
@@ -66,15 +83,20 @@ class Plan:
 
     attachments: list[Attachment]
     places: list[tuple[Place, list[nn.Parameter]]]
-    guides: list[tuple[nn.Parameter, Group]]  # the layer's parameters that weights were sent after
-    checked: bool = False  # the optimizers take them
+    guides: list[Guide]
+    taken_with: list[Group] | None = None  # options of the places, with which they take the weights
 
     def holds(self, attachments: list[Attachment]) -> bool:
-        return (
-            self.attachments == attachments
-            and all(place.exists() for place, _ in self.places)
-            and all(id(guide) in map(id, group["params"]) for guide, group in self.guides)
-        )
+        if self.attachments != attachments:
+            return False
+        for place, _ in self.places:
+            if not place.exists():
+                return False
+        return all(map(Guide.is_there, self.guides))
+
+    def is_checked(self) -> bool:
+        """Whether the optimizers take the weights with the options that they have now."""
+        return self.taken_with == [_options(place.group) for place, _ in self.places]
 
 
 class Enrollment:
@@ -123,14 +145,15 @@ class Enrollment:
         if not self.attachments:
             return
         plan = self._plan(layer, kernel)
-        if plan.checked:
+        if plan.is_checked():
             return
-        for place, weights in plan.places:
-            kind = (type(place.optimizer), _options(place.group), *map(_described, weights))
+        with_options = [_options(place.group) for place, _ in plan.places]
+        for (place, weights), options in zip(plan.places, with_options, strict=True):
+            kind = (type(place.optimizer), repr(sorted(options.items())), *map(_described, weights))
             if kind not in self._taken:
                 _check_takes(place, weights)
                 self._taken.add(kind)
-        plan.checked = True
+        plan.taken_with = with_options
 
     def enroll(self, layer: "KasminaLayer", seat: Seat) -> None:
         """Add a seat's parameters, if they are not there yet."""
@@ -178,13 +201,13 @@ class Enrollment:
         """Decide where those of ``weights`` go that are in no optimizer yet."""
         attachments = [*self.attachments]
         homes = {
-            id(parameter): (attachment, group)
+            id(parameter): (attachment, group, position)
             for attachment in attachments
             for group in attachment.optimizer.param_groups
-            for parameter in group["params"]
+            for position, parameter in enumerate(group["params"])
         }
         chosen: dict[int, tuple[Place, list[nn.Parameter]]] = {}
-        guides: dict[int, tuple[nn.Parameter, Group]] = {}
+        guides: dict[int, Guide] = {}
         for weight in weights:
             if id(weight) in homes:
                 continue
@@ -192,15 +215,15 @@ class Enrollment:
             if guide is None:
                 attachment, group = attachments[0], attachments[0].optimizer.param_groups[0]
             else:
-                attachment, group = homes[id(guide)]
-                guides[id(guide)] = guide, group
+                attachment, group, position = homes[id(guide)]
+                guides[id(guide)] = Guide(guide, group, position)
             group = attachment.seed_group() or group
             place = Place(attachment.optimizer, group)
             chosen.setdefault(id(group), (place, []))[1].append(weight)
         return Plan(attachments, list(chosen.values()), list(guides.values()))
 
     def _guide(
-        self, homes: dict[int, tuple[Attachment, Group]], layer: "KasminaLayer", weight: Tensor
+        self, homes: dict[int, tuple[Attachment, Group, int]], layer: "KasminaLayer", weight: Tensor
     ) -> nn.Parameter | None:
         """Matrices go with matrices and vectors with vectors: users part them for weight decay."""
         for near in _by_nearness(self.layers, layer):
@@ -239,11 +262,13 @@ def _by_nearness(
     yield from (other for _, other in sorted(enumerate(order), key=distance))
 
 
-def _options(group: Group) -> tuple[Any, ...]:
+def _options(group: Group) -> Group:
     """Return what may make an optimizer refuse a parameter; learning rates change all the time."""
-    passing = ("params", "param_names", "lr", "initial_lr")
-    named = ((name, value) for name, value in sorted(group.items()) if name not in passing)
-    return tuple((name, repr(value)) for name, value in named if not isinstance(value, Tensor))
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in _NO_REASON_TO_REFUSE and not isinstance(value, Tensor)
+    }
 
 
 def _described(weight: Tensor) -> tuple[Any, ...]:
@@ -328,6 +353,11 @@ def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
 
 def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
     return _members(one).isdisjoint(_members(other))
+
+
+def has_any(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether one of ``parameters`` is in the optimizer."""
+    return not _members(optimizer).isdisjoint(map(id, parameters))
 
 
 def _members(optimizer: torch.optim.Optimizer) -> set[int]:

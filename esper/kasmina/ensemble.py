@@ -35,6 +35,8 @@ _MAX_RANK = 8  # of a layer's output, that of the largest being (N, T, ..., C)
 
 
 class Ensemble(Protocol):
+    seats: Sequence[Seat]
+
     def blend(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
         """Return the layer's output ``host`` with the seats' chunks blended in.
 
@@ -45,21 +47,34 @@ class Ensemble(Protocol):
         """Return ``host`` as it is, such that the seats will receive its gradient."""
 
 
-def ensembles(seats: Iterable[Seat]) -> list[Ensemble]:
-    """Divide seats into those that compute as one and the rest."""
+def ensembles(seats: Iterable[Seat], formed: Iterable[Ensemble] = ()) -> list[Ensemble]:
+    """Divide seats into those that compute as one and the rest.
+
+    Those of ``formed`` that have exactly the seats that compute as one are taken as they are.
+    """
+    ready = {tuple(ensemble.seats): ensemble for ensemble in formed}
     together: list[Ensemble] = []
     alone: list[Seat] = []
     for _, same in groupby(sorted(seats, key=_place), key=_artifact):
-        group = list(same)
-        if not all(_has_plain_weights(seat) for seat in group):
+        group = tuple(same)
+        ensemble = ready.get(group) or _as_one(group)
+        if ensemble is None or isinstance(ensemble, Individuals):
             alone += group
-        elif group[0].bottleneck is not None:
-            together.append(Bottlenecks(group, group[0].bottleneck))
-        elif group[0].channelwise is not None and (len(group) > 1 or _ends_unheard(group[0])):
-            together.append(SideBySide(group, group[0].channelwise))
         else:
-            alone += group
+            together.append(ensemble)
     return [*together, Individuals(alone)] if alone else together
+
+
+def _as_one(group: Sequence[Seat]) -> Ensemble | None:
+    """Form an ensemble of seats with one artifact, or return None if they compute one by one."""
+    first = group[0]
+    if not all(_has_plain_weights(seat) for seat in group):
+        return None
+    if first.bottleneck is not None:
+        return Bottlenecks(group, first.bottleneck)
+    if first.channelwise is not None and (len(group) > 1 or _ends_unheard(first)):
+        return SideBySide(group, first.channelwise)
+    return None
 
 
 def _ends_unheard(seat: Seat) -> bool:

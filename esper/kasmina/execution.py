@@ -43,6 +43,7 @@ from esper.kasmina.loads import Loads
 from esper.kasmina.observation import Observation
 from esper.kasmina.observed_steps import NEVER, ObservedSteps
 from esper.kasmina.seat import Seat
+from esper.kasmina.selection import near
 from esper.kasmina.site import SiteType
 from esper.kasmina.stations import count_down, duration
 from esper.kasmina.tenancy import Tenancy
@@ -123,8 +124,9 @@ class Kasmina:
     def layer(self, name: str) -> KasminaLayer:
         """Return a layer's handle; raises ``ValueError`` for an unknown name."""
         if name not in self.layers:
-            known = ", ".join([*self.layers][:8]) + (", ..." if len(self.layers) > 8 else "")
-            raise ValueError(f"Layer {name} not found (layers with seeds: {known})")
+            known = ", ".join(map(repr, [*self.layers][:8])) + ", ..." * (len(self.layers) > 8)
+            hint = near(name, self.layers) or f" (layers with seeds: {known})"
+            raise ValueError(f"Layer {name} not found{hint}")
         return self.layers[name]
 
     def submit(self, command: KasminaControlCommand) -> None:

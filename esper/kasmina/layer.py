@@ -7,7 +7,7 @@ steps, unless they say otherwise.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.errors import EsperError, LifecycleError
 from esper.kasmina.bank import SeedBank, SeedCells, check_alpha
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.ensemble import Ensemble
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.lifecycle import ACTIVE, LEARNING, OCCUPIED, check_edge
 from esper.kasmina.observer import Observer
@@ -138,7 +139,7 @@ class KasminaLayer:
         return f"seed {seed_idx} on '{self.name}'"
 
     def state(self, seed_idx: int) -> SeedState:
-        self.check_seed(seed_idx)
+        _check_seed(seed_idx, self.num_seeds, self.name)
         return self.kasmina.bank.state(self.first_seed + seed_idx)
 
     def check_seed(self, seed_idx: int) -> None:
@@ -195,10 +196,10 @@ class KasminaLayer:
 
     # ------------------------------------------------------------------ the verbs of a life
 
-    def train(self, seat: Seat) -> None:
+    def train(self, seat: Seat, formed: Sequence[Ensemble] = ()) -> None:
         """LOADING > TRAINING: a prepared seat is taken; it learns, the host does not hear it."""
         self._move(seat.seed_idx, SeedState.TRAINING, "kernel loaded", seat.kernel.artifact_id)
-        self._occupy(seat).isolate(seat)
+        self._occupy(seat).isolate(seat, formed)
 
     def graft(self, seed_idx: int, strategy: GraftingStrategy) -> None:
         """TRAINING > GRAFTING: alpha ramps from 0 to its target."""
@@ -208,13 +209,19 @@ class KasminaLayer:
         self._seats().admit(self._seat(seed_idx))
         self._ramp(seed_idx, strategy)
 
-    def graft_new(self, seat: Seat, strategy: GraftingStrategy | None, alpha: float) -> None:
+    def graft_new(
+        self,
+        seat: Seat,
+        strategy: GraftingStrategy | None,
+        alpha: float,
+        formed: Sequence[Ensemble] = (),
+    ) -> None:
         """LOADING > GRAFTING: for fixed functions (with a ramp), and by hand (a fixed alpha)."""
         seed_idx = seat.seed_idx
         self._check_state(seed_idx, SeedState.LOADING, SeedState.GRAFTING)
         check_alpha(alpha if strategy is None else strategy.alpha_target, self.seed_name(seed_idx))
         self._move(seed_idx, SeedState.GRAFTING, "kernel loaded", seat.kernel.artifact_id)
-        self._occupy(seat).admit(seat)
+        self._occupy(seat).admit(seat, formed)
         if strategy is None:
             self.kasmina.bank.set_alpha(self.first_seed + seed_idx, alpha)
         else:
@@ -457,7 +464,8 @@ class KasminaLayer:
         if seats is None:
             assert self._room is not None
             seats = self._room.seats
-            seats.training = self.default_transform.training
+            if seats.training is not self.default_transform.training:
+                seats.training = self.default_transform.training
             self.default_transform._modules[SEATS] = seats
         self.rest()
         return seats

@@ -5,18 +5,21 @@ import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import esper.kasmina.morph as morph
 from esper.contracts import SeedState
 from esper.errors import EsperError
 from esper.kasmina.bank import SeedCells
 from esper.kasmina.kernel import Kernel
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.loader import KernelLoader, KernelSource, compute_alone
+from esper.kasmina.prepared import Prepared, prepare
 from esper.kasmina.seat import Seat
 from esper.kasmina.tenancy import Tenancy
 
 if TYPE_CHECKING:
     from esper.kasmina.execution import Kasmina
 
+_TO_COME = (SeedState.GERMINATED, SeedState.LOADING)
 _THREADS = 2  # while one waits for the library, the other builds
 
 
@@ -46,9 +49,9 @@ class Loads:
 
     def under_way(self) -> list[Tenancy]:
         """Return the tenancies whose kernel is still to come, in the order of their admission."""
-        states = (SeedState.GERMINATED, SeedState.LOADING)
+        states = self._kasmina.bank.mirror["lifecycle_states"]
         tenancies = self._kasmina.tenancies.values()
-        return [t for t in tenancies if t.layer.state(t.seed_idx) in states]
+        return [t for t in tenancies if states[t.layer.first_seed + t.seed_idx] in _TO_COME]
 
     def pursue(self) -> None:
         """Begin the loads that are wanted and settle those that are done."""
@@ -59,7 +62,7 @@ class Loads:
             if prepared.done():
                 self.settle(tenancy)
 
-    def prepare(self, tenancy: Tenancy) -> "Future[Seat]":
+    def prepare(self, tenancy: Tenancy) -> "Future[Prepared]":
         """GERMINATED > LOADING: have a seat with the kernel prepared in the background."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
@@ -70,7 +73,7 @@ class Loads:
         tenancy.prepared = self._executor.submit(self._prepare, tenancy, tenancy.layer.make_room())
         return tenancy.prepared
 
-    def _prepare(self, tenancy: Tenancy, cells: SeedCells) -> Seat:
+    def _prepare(self, tenancy: Tenancy, cells: SeedCells) -> Prepared:
         """Do all that can be done before the step that seats the kernel. Loading thread."""
         layer, seed_idx = tenancy.layer, tenancy.seed_idx
         kernel = self.load(layer, seed_idx, tenancy.artifact_id)
@@ -78,8 +81,10 @@ class Loads:
         # children while they were looked through here.
         with contextlib.suppress(EsperError, RuntimeError):
             self._kasmina.enrollment.check(layer, kernel)
+        morph.active_class(morph.own_class(type(layer.default_transform)))  # made once, in 0.1 ms
         seat = layer.make_seat(seed_idx, kernel, cells)
-        return seat.train(layer.default_transform.training)
+        seat.train(layer.default_transform.training)
+        return prepare(seat, isolated=_trains(tenancy, seat))
 
     def load(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
         """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`. Any thread."""
@@ -101,11 +106,14 @@ class Loads:
 
     def obstacle(self, tenancy: Tenancy) -> BaseException | None:
         """Return why the kernel whose preparation has ended cannot take its seat, if so."""
-        prepared = tenancy.prepared
-        assert prepared is not None
-        if prepared.cancelled() or tenancy.settled.done():
-            return EsperError("the load was given up")
-        return prepared.exception() or self._misfit(tenancy.layer, prepared.result())
+        assert tenancy.prepared is not None
+        try:
+            prepared = tenancy.prepared.result()
+        except concurrent.futures.CancelledError:
+            return _given_up()
+        except BaseException as error:
+            return error
+        return _given_up() if tenancy.settled.done() else self._misfit(tenancy.layer, prepared)
 
     def conclude(self, tenancy: Tenancy, error: BaseException | None) -> None:
         """LOADING > TRAINING or GRAFTING with the prepared kernel, or > CULLED for an error."""
@@ -123,28 +131,38 @@ class Loads:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
-    def _misfit(self, layer: KasminaLayer, seat: Seat) -> EsperError | None:
+    def _misfit(self, layer: KasminaLayer, prepared: Prepared) -> EsperError | None:
         """Return what layer or optimizers have against the seat, if they do."""
         if "forward" in layer.default_transform.__dict__:
             return EsperError(
                 f"layer '{layer.name}' has a forward of its own on the instance, which an active "
                 "class cannot reach"
             )
-        weights = seat.kernel.weights()
-        if any((w.dtype, w.device) != (layer.dtype, layer.device) for w in weights):
+        if prepared.kinds - {(layer.dtype, layer.device)}:
+            kinds = " and ".join(f"{dtype} on {device}" for dtype, device in prepared.kinds)
             return EsperError(
                 f"layer '{layer.name}' has become {layer.dtype} on {layer.device} while its kernel "
-                f"was prepared as {weights[0].dtype} on {weights[0].device}"
+                f"was prepared as {kinds}"
             )
         try:
-            self._kasmina.enrollment.check(layer, seat.kernel)
+            self._kasmina.enrollment.check(layer, prepared.seat.kernel)
         except EsperError as error:
             return error
         return None
 
 
-def _take(tenancy: Tenancy, seat: Seat) -> None:
-    if tenancy.strategy is not None and seat.kernel.weights():
-        tenancy.layer.train(seat)
+def _given_up() -> EsperError:
+    return EsperError("the load was given up")
+
+
+def _trains(tenancy: Tenancy, seat: Seat) -> bool:
+    """Whether the seat is for TRAINING: fixed functions, and what is loaded by hand, are not."""
+    return tenancy.strategy is not None and bool(seat.kernel.weights())
+
+
+def _take(tenancy: Tenancy, prepared: Prepared) -> None:
+    seat, formed = prepared.seat, prepared.formed()
+    if _trains(tenancy, seat):
+        tenancy.layer.train(seat, formed)
     else:
-        tenancy.layer.graft_new(seat, tenancy.strategy, tenancy.alpha)
+        tenancy.layer.graft_new(seat, tenancy.strategy, tenancy.alpha, formed)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from esper.config import SeedSettings
 from esper.errors import EsperError
+from esper.kasmina.enrollment import has_any
 from esper.kasmina.execution import SEEDED, Kasmina
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import OCCUPIED
@@ -65,11 +66,20 @@ class MorphableModel(nn.Module):
 
         Several optimizers, each for its own part of the model, may be attached; one that shares
         parameters with another takes its place. Raises ``ValueError`` for options that the
-        optimizer cannot have, and :class:`EsperError` if it does not take a kernel in place;
-        nothing is changed then.
+        optimizer cannot have, or if it has none of the model's parameters, and :class:`EsperError`
+        if it does not take a kernel in place; nothing is changed then.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        own = [
+            *self.parameters(),
+            *(p for s in self.kasmina.isolated_seats() for p in s.parameters()),
+        ]
+        if own and not has_any(optimizer, own):
+            raise ValueError(
+                f"{type(optimizer).__name__} has none of the parameters of this "
+                f"{type(self).__name__}: make it of model.parameters(), or of a part of them"
+            )
         self.kasmina.enrollment.attach(optimizer, group_options)
 
     async def load_kernel(

@@ -11,9 +11,10 @@ remembered: what a module goes back to is read off the class that it has.
 
 import copy
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,27 @@ Derive = Callable[[type[nn.Module]], type[nn.Module]]
 
 OBSERVER = "_esper_observer"  # attribute of a module while it is being observed
 _BORROWED_FROM = "_esper_borrowed_from"  # attribute of a class that is made here
+# Attributes of the classes that are made here, and so of all that are put on top.
+_ACTIVE, _OBSERVING = "_esper_active", "_esper_observing"
 WRAPPED_FROM = "_esper_wrapped_from"  # attribute of the class of a wrapped root
 
 
 def made_once(make: Derive) -> Derive:
-    """Cache what ``make`` derives from a class. (Typed here, as mypy finds classes unhashable.)"""
-    cached: Any = functools.cache(make)
-    return cast(Derive, cached)
+    """Cache what ``make`` derives from a class: there is one, whichever thread asks first."""
+    made: dict[Any, type[nn.Module]] = {}
+    making = threading.Lock()
+
+    @functools.wraps(make)
+    def derive(cls: Any) -> type[nn.Module]:
+        known = made.get(cls)
+        if known is None:
+            with making:
+                known = made.get(cls)
+                if known is None:
+                    known = made[cls] = make(cls)
+        return known
+
+    return derive
 
 
 def lend_class(module: nn.Module) -> None:
@@ -42,7 +57,7 @@ def lend_class(module: nn.Module) -> None:
     A class that somebody has put on top of one of ours stays as it is.
     """
     needed = own_class(type(module))
-    if seats_of(module) is not None and not hasattr(needed, _mark("Active")):
+    if seats_of(module) is not None and not hasattr(needed, _ACTIVE):
         needed = active_class(needed)
     module.__dict__.pop(OBSERVER, None)
     if type(module) is not needed:
@@ -55,24 +70,22 @@ def watch(modules: Iterable[nn.Module], observers: Iterable[Any]) -> None:
     The module's present class is taken for the one that :func:`lend_class` gave it. All layers of
     a model go through here on each observed step, hence no function call per module.
     """
-    mark = _mark("Observing")
     watched: dict[type[nn.Module], type[nn.Module]] = {}
     for module, observer in zip(modules, observers, strict=True):
         cls = type(module)
         if cls not in watched:
-            watched[cls] = cls if hasattr(cls, mark) else observing_class(cls)
+            watched[cls] = cls if hasattr(cls, _OBSERVING) else observing_class(cls)
         module.__dict__[OBSERVER] = observer
         _exchange(module, "__class__", watched[cls])
 
 
 def unwatch(modules: Iterable[nn.Module]) -> None:
     """Take back what :func:`watch` did, also where it did nothing."""
-    mark = _mark("Observing")
     resting: dict[type[nn.Module], type[nn.Module]] = {}
     for module in modules:
         cls = type(module)
         if cls not in resting:
-            resting[cls] = cls.__dict__[_BORROWED_FROM] if mark in cls.__dict__ else cls
+            resting[cls] = cls.__dict__[_BORROWED_FROM] if _OBSERVING in cls.__dict__ else cls
         module.__dict__.pop(OBSERVER, None)
         if resting[cls] is not cls:
             _exchange(module, "__class__", resting[cls])
@@ -80,11 +93,6 @@ def unwatch(modules: Iterable[nn.Module]) -> None:
 
 # Assigned plainly, a class would go through the checks of nn.Module.__setattr__, 1 us a module.
 _exchange = object.__setattr__
-
-
-def _mark(prefix: str) -> str:
-    """Return the attribute of a class that is made here, and so of all that are put on top."""
-    return f"_esper_{prefix.lower()}"
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -147,7 +155,7 @@ def active_class(host: type[nn.Module]) -> type[nn.Module]:
         blended = seats.apply_to(padded(inp, batch_first), padded(host, batch_first), False)
         return with_first_output(out, unpadded(blended, host, batch_first))
 
-    return _subclass(host, "Active", forward)
+    return _subclass(host, "Active", _ACTIVE, forward)
 
 
 # What these return is new memory that they do not save for their backward pass, so that nobody
@@ -205,10 +213,10 @@ def observing_class(host: type[nn.Module]) -> type[nn.Module]:
         observer.see(args, kwargs, out, timer)
         return out
 
-    return _subclass(host, "Observing", forward)
+    return _subclass(host, "Observing", _OBSERVING, forward)
 
 
-def _subclass(host: type[nn.Module], prefix: str, forward: Any) -> type[nn.Module]:
+def _subclass(host: type[nn.Module], prefix: str, mark: str, forward: Any) -> type[nn.Module]:
     forward.__qualname__ = f"{prefix}{host.__name__}.forward"
     members = {
         "forward": forward,
@@ -216,7 +224,7 @@ def _subclass(host: type[nn.Module], prefix: str, forward: Any) -> type[nn.Modul
         "__deepcopy__": copy_module,
         "__reduce_ex__": reduce_to_own_class,
         _BORROWED_FROM: host,
-        _mark(prefix): True,
+        mark: True,
     }
     return type(f"{prefix}{host.__name__}", (host,), members)
 

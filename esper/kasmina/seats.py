@@ -1,6 +1,6 @@
 """The occupied seats of one host layer: what its active class computes after the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ class Seats(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.isolated: dict[str, Seat] = {}
-        self._heard: list[Ensemble] = []
+        self._heard: list[Ensemble] = []  # refilled in place: a module's attributes are set slowly
         self._unheard: list[Ensemble] = []
         self.register_forward_pre_hook(_keep_off_fast_paths)  # never called, so it costs nothing
 
@@ -36,29 +36,35 @@ class Seats(nn.ModuleDict):
         key = str(seed_idx)
         return self.isolated.get(key) or cast(Seat | None, self._modules.get(key))
 
-    def isolate(self, seat: Seat) -> None:
-        seat.isolated = True
+    def isolate(self, seat: Seat, formed: Sequence[Ensemble] = ()) -> None:
+        """Let a seat learn unheard; ``formed`` are ensembles that were made ready for it."""
+        if not seat.isolated:
+            seat.isolated = True
         self.isolated[str(seat.seed_idx)] = seat
-        self.rearrange()
+        is_alone = formed and len(self.isolated) == 1
+        self._unheard[:] = formed if is_alone else ensembles(self.isolated.values(), formed)
 
-    def admit(self, seat: Seat) -> None:
+    def admit(self, seat: Seat, formed: Sequence[Ensemble] = ()) -> None:
         """Let the host hear a seat; its parameters become the model's."""
         key = str(seat.seed_idx)
         self.isolated.pop(key, None)
         seat.isolated = False
         self[key] = seat
-        self.rearrange()
+        self.rearrange(formed)
 
     def remove(self, seed_idx: int) -> None:
         self.isolated.pop(str(seed_idx), None)
         self._modules.pop(str(seed_idx), None)
         self.rearrange()
 
-    def rearrange(self) -> None:
-        """Form the ensembles anew: now, since the next forward may be traced by a compiler."""
+    def rearrange(self, formed: Sequence[Ensemble] = ()) -> None:
+        """Form the ensembles anew: now, since the next forward may be traced by a compiler.
+
+        Those of ``formed``, which are of seats that are new to the layer, will do.
+        """
         heard = cast(Iterable[Seat], self._modules.values())
-        self._heard = ensembles(seat for seat in heard if not seat.bypassed)
-        self._unheard = ensembles(self.isolated.values())
+        self._heard[:] = ensembles((seat for seat in heard if not seat.bypassed), formed)
+        self._unheard[:] = ensembles(self.isolated.values())
 
     def apply_to(self, inp: Tensor, host: Tensor, in_place: bool) -> Tensor:
         """Return the layer's output given the host's input and output.

@@ -103,7 +103,7 @@ def _matcher(target: Any) -> Predicate:
 def _named(net: nn.Module, capable: Sites, name: str) -> str:
     everything = dict(net.named_modules(remove_duplicate=False))
     if name not in everything:
-        raise ValueError(f"Layer {name} not found in {type(net).__name__}{_near(name, everything)}")
+        raise ValueError(f"Layer {name} not found in {type(net).__name__}{near(name, everything)}")
     module = everything[name]
     for first_name, (capable_module, _) in capable.items():
         if capable_module is module:
@@ -130,22 +130,23 @@ def _nothing_matched(net: nn.Module, target: Any, found: dict[str, nn.Module]) -
             f"target_layers: {_shown(target)} matches no layer of {type(net).__name__} that can "
             f"carry seeds; '{name}', a {type(module).__name__}, {_why_not(module)}"
         )
-    near = ""
+    hint = ""
     if isinstance(target, str):
-        near = _near(target, [name for name, _ in net.named_modules()])
+        hint = near(target, [name for name, _ in net.named_modules()])
     elif isinstance(target, type):
         types = {type(module).__name__ for module in net.modules()}
-        near = _near(target.__name__, types)
-    return f"target_layers: {_shown(target)} matches no layer of {type(net).__name__}{near}"
+        hint = near(target.__name__, types)
+    return f"target_layers: {_shown(target)} matches no layer of {type(net).__name__}{hint}"
 
 
 def _shown(target: Any) -> str:
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, [known for known in names if known], n=3, cutoff=0.5)
-    return f" (near: {', '.join(near)})" if near else ""
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a hint at those of ``names`` that ``name`` may stand for by mistake, or nothing."""
+    found = difflib.get_close_matches(name, [known for known in names if known], n=3, cutoff=0.5)
+    return f" (near: {', '.join(map(repr, found))})" if found else ""
 
 
 def _by_name_hint(capable: Sites) -> str:

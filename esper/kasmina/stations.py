@@ -4,6 +4,13 @@ from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, SeedState
 from esper.kasmina.tenancy import Tenancy
 
+_DURATIONS = {  # of GraftingStrategy
+    SeedState.TRAINING: "training_steps",
+    SeedState.GRAFTING: "grafting_steps",
+    SeedState.STABILIZATION: "stabilization_steps",
+    SeedState.FINE_TUNING: "fine_tuning_steps",
+}
+
 
 def duration(
     settings: SeedSettings, strategy: GraftingStrategy | None, state: SeedState
@@ -13,12 +20,8 @@ def duration(
         return settings.embargo_steps
     if strategy is None:
         return None
-    return {
-        SeedState.TRAINING: strategy.training_steps,
-        SeedState.GRAFTING: strategy.grafting_steps,
-        SeedState.STABILIZATION: strategy.stabilization_steps,
-        SeedState.FINE_TUNING: strategy.fine_tuning_steps,
-    }.get(state)
+    field = _DURATIONS.get(state)
+    return None if field is None else int(getattr(strategy, field))
 
 
 def count_down(tenancy: Tenancy) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from esper.contracts import GraftingStrategy
 from esper.kasmina.host_state import HostState
 from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.seat import Seat
+from esper.kasmina.prepared import Prepared
 
 
 def _uncancellable() -> "Future[bool]":
@@ -28,7 +28,7 @@ class Tenancy:
     strategy: GraftingStrategy | None = None  # None: moved by hand
     alpha: float = 0.0  # for loading by hand
     steps_left: int | None = None  # in the present state; None: it waits for somebody's word
-    prepared: "Future[Seat] | None" = None  # while LOADING
+    prepared: "Future[Prepared] | None" = None  # while LOADING
     fits: bool = False  # what was prepared has been found fit on this rank, others may still load
     host_state: HostState | None = None  # of before the host heard the kernel
     settled: "Future[bool]" = field(default_factory=_uncancellable)  # is it in place?
