@@ -26,6 +26,7 @@ SHAPES = (
     ((19, 9, 3, 3), 1),  # short lines
     ((70, 9001), 1),  # several strips of columns, the last one narrow
     ((2, 6, 40_003), 1),  # long lines in several stretches
+    ((300, 601), 1),  # stretches of many chunks, which end within one
 )
 
 
@@ -112,7 +113,7 @@ def test_non_finite_first_element_is_no_shift(device: str) -> None:
     assert health[:5, 0].tolist() == [2.0, 2.0, 2.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("shape", [(300, 60), (2, 60, 70), (5, 60, 3)])
+@pytest.mark.parametrize("shape", [(300, 60), (2, 60, 70), (5, 60, 3), (300, 600), (4000, 600)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=str)
 def test_one_bad_number_spoils_no_sum(value: float, shape: tuple[int, ...], device: str) -> None:
     """1e30 is finite, but its square is not in float32."""

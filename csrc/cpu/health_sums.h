@@ -1,5 +1,5 @@
 // Health statistics of all seeds of a tensor, from one pass over its memory. Numbers are added up
-// in float over at most kRowsAtOnce of them and from there on in double, block by block; blocks
+// in float over at most 2 * kRowsAtOnce of them and from there on in double, block by block; blocks
 // depend on the shape alone, so the sums come out the same for any number of threads.
 #pragma once
 
@@ -123,6 +123,13 @@ ESPER_INLINE V total(const V (&sums)[kChains]) {
   return all;
 }
 
+// What is summed up of a number: energies are not shifted.
+template <Statistics kWhat, typename V, typename Shift>
+ESPER_INLINE V deviation(const V& value, const Shift& shift) {
+  if constexpr (kWhat == Statistics::kEnergy) return value;
+  return value - shift;
+}
+
 // Adds kRows rows, `pitch` apart and the first at `at`, to kLanes columns without the first `skip`.
 template <Statistics kWhat, int kRows, int kLanes, typename Source, typename T = typename Source::T>
 ESPER_INLINE void add_rows(const Source& source, int64_t at, int64_t pitch,
@@ -141,7 +148,7 @@ ESPER_INLINE void add_rows(const Source& source, int64_t at, int64_t pitch,
     const auto bits = source.template take<kLanes>(place);
     const V values = widen<T, kLanes>(bits);
     for (int part = 0; part < V::kParts; ++part) {
-      const auto shifted = values.parts[part] - shift.parts[part];
+      const auto shifted = deviation<kWhat>(values.parts[part], shift.parts[part]);
       sum_squares[row % kChains].parts[part] += shifted * shifted;
       if constexpr (kWhat == Statistics::kMoments) sum[row % kChains].parts[part] += shifted;
     }
@@ -189,19 +196,63 @@ ESPER_INLINE int64_t add_all_rows(const Source& source, int64_t at, int64_t pitc
   return at;
 }
 
-// Sums over n numbers that lie next to each other; not finite where one of them is not.
-template <Statistics kWhat, int kLanes, typename Source, typename T = typename Source::T>
-ESPER_INLINE ShiftedSums run_sums(const Source& source, int64_t at, int64_t n, double shift) {
-  double sum[kLanes] = {}, sum_squares[kLanes] = {};
-  Bits<T> bits[kLanes] = {};
-  Compute<T> shifts[kLanes];
-  std::fill(shifts, shifts + kLanes, static_cast<Compute<T>>(shift));
-  const ColumnSums<T> columns{sum, sum_squares, bits};
-  const int64_t rest = n % kLanes;
-  at = add_all_rows<kWhat, kLanes>(source, at, kLanes, n / kLanes, kLanes, shifts, columns);
-  if (rest > 0) add_wide_rows<kWhat, 1, kLanes>(source, at, kLanes, rest, shifts, columns);
-  return {static_cast<double>(n), lane_total<kLanes>(load<Vector<double, kLanes>>(sum)),
-          lane_total<kLanes>(load<Vector<double, kLanes>>(sum_squares))};
+// Sums of numbers that lie next to each other, in as many parts as are computed at once.
+template <typename T, int kLanes>
+struct RunSums {
+  static constexpr int kPartLanes = Values<T, kLanes>::kPartLanes;
+  double count = 0;
+  double sum[kPartLanes] = {};
+  double sum_squares[kPartLanes] = {};
+
+  // Not finite where one of the numbers is not.
+  ESPER_INLINE ShiftedSums total() const {
+    using Doubles = Vector<double, kPartLanes>;
+    return {count, lane_total<kPartLanes>(load<Doubles>(sum)),
+            lane_total<kPartLanes>(load<Doubles>(sum_squares))};
+  }
+};
+
+// Adds kVectors vectors of numbers.
+template <Statistics kWhat, int kVectors, int kLanes, typename Source,
+          typename T = typename Source::T>
+ESPER_INLINE void add_vectors(const Source& source, int64_t at, Compute<T> shift,
+                              RunSums<T, kLanes>& to) {
+  using V = Values<T, kLanes>;
+  constexpr int kChains = 2;  // as one sum would be waited for by the next vector's
+  typename V::Part sum[kChains] = {}, sum_squares[kChains] = {};
+#pragma GCC unroll 16
+  for (int vector = 0; vector < kVectors; ++vector) {
+    const int64_t place = at + vector * kLanes;
+    // Further ahead than CPUs look by themselves, which left half of the memory's speed unused.
+    source.prefetch(place + kBytesAhead / sizeof(T));
+    const V values = widen<T, kLanes>(source.template take<kLanes>(place));
+    for (int part = 0; part < V::kParts; ++part) {
+      const int chain = (vector * V::kParts + part) % kChains;
+      const auto shifted = deviation<kWhat>(values.parts[part], shift);
+      sum_squares[chain] += shifted * shifted;
+      if constexpr (kWhat == Statistics::kMoments) sum[chain] += shifted;
+    }
+  }
+  add_to<V::kPartLanes>(to.sum_squares, sum_squares[0] + sum_squares[1]);
+  if constexpr (kWhat == Statistics::kMoments) add_to<V::kPartLanes>(to.sum, sum[0] + sum[1]);
+}
+
+// Adds n numbers.
+template <Statistics kWhat, int kLanes, int kVectors = kRowsAtOnce, typename Source,
+          typename T = typename Source::T>
+ESPER_INLINE void add_run(const Source& source, int64_t at, int64_t n, Compute<T> shift,
+                          RunSums<T, kLanes>& to) {
+  constexpr int64_t kStep = kVectors * kLanes;
+  for (; n >= kStep; at += kStep, n -= kStep) {
+    add_vectors<kWhat, kVectors>(source, at, shift, to);
+  }
+  if constexpr (kVectors > 1) return add_run<kWhat, kLanes, kVectors / 2>(source, at, n, shift, to);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto value = widen<T, 1>(source.template take<1>(at + i)).parts[0][0];
+    const auto shifted = static_cast<double>(deviation<kWhat>(value, shift));
+    to.sum[i % RunSums<T, kLanes>::kPartLanes] += shifted;
+    to.sum_squares[i % RunSums<T, kLanes>::kPartLanes] += shifted * shifted;
+  }
 }
 
 // The same over the finite ones of n numbers `stride` apart, in double throughout.
@@ -270,9 +321,10 @@ class SeedSums {
   static constexpr bool kTakesMoments = kWhat == Statistics::kMoments;
   static constexpr int64_t kBlocks = 64;
 
-  // Long chunks are added up along memory, which is read in order then; short ones by columns.
+  // Long chunks are added up along memory, which is read in order then; short ones by columns, as
+  // there the ends of the runs would cost more than the order saves.
   bool has_long_chunks() const {
-    constexpr int64_t kLongBytes = 1024;
+    constexpr int64_t kLongBytes = 512;
     return planes_.channels / num_seeds_ * planes_.inner >= kLongBytes / int64_t{sizeof(T)};
   }
 
@@ -307,6 +359,8 @@ class SeedSums {
 
   // Small enough to stay in the nearest cache until its channels have been looked at.
   static constexpr int64_t kRun = 4096;
+  // After which sums are looked at, whether they are finite.
+  static constexpr int64_t kPiece = kRun * 8;
 
   // Which channels a stretch has found alive, and which seeds have no others.
   struct Seen {
@@ -316,13 +370,15 @@ class SeedSums {
 
   void add_stretches() {
     const int64_t numel = planes_.outer * plane_;
-    const int64_t size = std::max<int64_t>(kRun * 8, (numel + kBlocks - 1) / kBlocks);
+    const int64_t size = std::max(kPiece, (numel + kBlocks - 1) / kBlocks);
     for_each_block((numel + size - 1) / size, [&](int64_t block) {
       Seen seen{std::vector<uint8_t>(alive_.size()), std::vector<uint8_t>(shifts_.size())};
       vectorized([&](auto vector_bytes) {
         constexpr int kLanes = vector_bytes / sizeof(T);
-        add_stretch<kLanes>(block * size, std::min(numel, (block + 1) * size),
-                            &blocks_[block * num_seeds_], seen);
+        const int64_t end = std::min(numel, (block + 1) * size);
+        for (int64_t at = block * size; at < end; at += kPiece) {
+          add_stretch<kLanes>(at, std::min(end, at + kPiece), &blocks_[block * num_seeds_], seen);
+        }
       });
       for (int64_t channel = 0; channel < planes_.channels; ++channel) {
         if (seen.channels[channel]) set_alive(channel);
@@ -330,28 +386,44 @@ class SeedSums {
     });
   }
 
-  template <int kLanes>
-  ESPER_INLINE void add_stretch(int64_t at, int64_t end, ShiftedSums* seeds, Seen& seen) {
+  // Calls body(seed, in_plane, at, n) for runs of memory that belong to one seed each.
+  template <typename Body>
+  ESPER_INLINE void for_each_run(int64_t at, int64_t end, const Body& body) const {
     int64_t plane_begin = at / plane_ * plane_;
     int64_t seed = 0;
     while (at < end) {
       while (at - plane_begin >= borders_[seed + 1]) ++seed;
-      const int64_t border = plane_begin + borders_[seed + 1];
-      const int64_t n = std::min({end - at, border - at, kRun});
-      seeds[seed].add(checked_run_sums<kLanes>(at, n, shifts_[seed]));
-      if (kTakesMoments && !seen.seeds[seed]) {
-        mark_channels<kLanes>(at - plane_begin, at, n, seen.channels.data());
-        seen.seeds[seed] = at + n == border && has_seen_all(seed, seen.channels.data());
-      }
+      const int64_t n = std::min({end - at, plane_begin + borders_[seed + 1] - at, kRun});
+      body(seed, at - plane_begin, at, n);
       at += n;
       if (at == plane_begin + plane_) plane_begin = at, seed = 0;
     }
   }
 
   template <int kLanes>
-  ESPER_INLINE ShiftedSums checked_run_sums(int64_t at, int64_t n, double shift) {
-    const ShiftedSums sums = run_sums<kWhat, kLanes>(source_, at, n, shift);
-    return is_finite(sums.sum_squares) ? sums : finite_sums(source_.observed + at, n, 1, shift);
+  ESPER_INLINE void add_stretch(int64_t at, int64_t end, ShiftedSums* seeds, Seen& seen) {
+    std::vector<RunSums<T, kLanes>> sums(shifts_.size());
+    for_each_run(at, end, [&](int64_t seed, int64_t in_plane, int64_t from, int64_t n) {
+      add_run<kWhat, kLanes>(source_, from, n, static_cast<Compute<T>>(shifts_[seed]), sums[seed]);
+      sums[seed].count += static_cast<double>(n);
+      if (kTakesMoments && !seen.seeds[seed]) {
+        mark_channels<kLanes>(in_plane, from, n, seen.channels.data());
+        seen.seeds[seed] =
+            in_plane + n == borders_[seed + 1] && has_seen_all(seed, seen.channels.data());
+      }
+    });
+    for (int64_t seed = 0; seed < num_seeds_; ++seed) {
+      const ShiftedSums all = sums[seed].total();
+      seeds[seed].add(is_finite(all.sum_squares) ? all : finite_sums_of(seed, at, end));
+    }
+  }
+
+  ShiftedSums finite_sums_of(int64_t seed, int64_t at, int64_t end) const {
+    ShiftedSums sums;
+    for_each_run(at, end, [&](int64_t of, int64_t, int64_t from, int64_t n) {
+      if (of == seed) sums.add(finite_sums(source_.observed + from, n, 1, shifts_[seed]));
+    });
+    return sums;
   }
 
   bool has_seen_all(int64_t seed, const uint8_t* channels) const {
