@@ -412,12 +412,25 @@ def test_without_valgrind_one_line_says_that_instructions_are_not_counted(
 
 def test_every_variant_takes_its_turn_in_every_round() -> None:
     log: list[str] = []
-    calls = instructions.turns([FakeWork(name, 1.0, log) for name in "AB"])
-    log.clear()  # of the warm-up
-    for work in calls:
+    for work in instructions.turns([FakeWork(name, 1.0, log) for name in "AB"]):
         work()
+    not_counted = "AB" * instructions.WARM_UP + "A" * (instructions.CALLS - 1)
     blocks = "A" * instructions.CALLS + "B" * instructions.CALLS
-    assert "".join(log) == "A" * 10 + blocks * instructions.ROUNDS
+    assert "".join(log) == "A" * 10 + (not_counted + blocks) * instructions.ROUNDS
+
+
+def test_a_round_begins_with_new_version_tags_of_modules() -> None:
+    cpython = pytest.importorskip("_testcapi")
+
+    def tags() -> list[int]:
+        classes = (nn.Module, nn.Linear)
+        for cls in classes:
+            hasattr(cls, "forward")  # gives it a tag
+        return [cpython.type_get_version(cls) for cls in classes]
+
+    before = tags()
+    instructions.renew_version_tags()
+    assert not set(tags()) & set(before)
 
 
 def sample_row(*, met: bool | None, point: Point | None = None, case: str = "dormant") -> Row:
