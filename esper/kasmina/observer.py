@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Elements from which on a pass is worth saving: fewer lie in the nearest caches, where reading them
 # again costs less than the second op's way of making its result.
-FUSED_FROM_NUMEL = 2**18
+FUSED_FROM_NUMEL = 2**15
 
 # Channel dimension, health accumulator, first seed and number of seeds, as the ops take them.
 Place = tuple[int, Tensor, int, int]
