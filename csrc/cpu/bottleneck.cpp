@@ -231,7 +231,7 @@ class Widened {
   const Compute<T>* data() const { return data_; }
 
  private:
-  std::unique_ptr<Compute<T>[]> copy_;
+  Scratch<Compute<T>> copy_;
   const Compute<T>* data_;
 };
 
@@ -243,9 +243,9 @@ void for_each_branch_row(const Tensor& a, const Weights& w, const Sizes& n, Body
   const Widened<T> wide_a(a);
   const Widened<T> wide_bias(w.up_bias.value_or(w.up));
   const Matrix<const T> up(w.up, n.seeds * n.chunk, n.rank);
-  std::vector<std::unique_ptr<C[]>> transposed_ups;
+  std::vector<Scratch<C>> transposed_ups;
   for (int64_t s = 0; s < n.seeds; ++s) {
-    transposed_ups.push_back(transpose<C>(up.row_block(s * n.chunk, n.chunk)));
+    transposed_ups.push_back(transposed<C>(up.row_block(s * n.chunk, n.chunk)));
   }
   constexpr int64_t kScratchElements = 8192;  // half of a first-level cache in float32
   const int64_t block_rows =

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 namespace esper::cpu {
@@ -86,18 +87,45 @@ struct Product {
 void multiply(const Product<float>& product);
 void multiply(const Product<double>& product);
 
+// A matrix with adjacent columns, and memory for its transpose, row after row.
+template <typename T>
+struct Transposition {
+  const T* from;
+  int64_t row_stride;
+  int64_t rows;
+  int64_t columns;
+  T* to;
+};
+
+void transpose(const Transposition<float>& transposition);
+void transpose(const Transposition<double>& transposition);
+
+// On a line of the cache, so that no vector lies on two.
+constexpr std::align_val_t kAlignment{64};
+
+struct AlignedDelete {
+  void operator()(void* memory) const { operator delete[](memory, kAlignment); }
+};
+
+template <typename T>
+using Scratch = std::unique_ptr<T[], AlignedDelete>;
+
 // Memory that is not filled first.
 template <typename T>
-std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
+Scratch<T> scratch(int64_t size) {
+  return Scratch<T>(new (kAlignment) T[static_cast<size_t>(size)]);
 }
 
 // Returns the transpose of a matrix with adjacent columns, row after row.
 template <typename C, typename T>
-std::unique_ptr<C[]> transpose(const Matrix<const T>& m) {
+Scratch<C> transposed(const Matrix<const T>& m) {
   auto result = scratch<C>(m.rows * m.columns);
-  for (int64_t j = 0; j < m.columns; ++j) {
-    for (int64_t i = 0; i < m.rows; ++i) result[j * m.rows + i] = static_cast<C>(m.row(i)[j]);
+  if constexpr (std::is_same_v<C, T>) {
+    transpose({m.data, m.row_stride, m.rows, m.columns, result.get()});
+  } else {
+    for (int64_t i = 0; i < m.rows; ++i) {
+      for (int64_t j = 0; j < m.columns; ++j) result[j * m.rows + i] = static_cast<C>(m.row(i)[j]);
+    }
   }
   return result;
 }
@@ -111,11 +139,11 @@ void matmul(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>&
             const T* bias = nullptr) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     // From here on BLAS makes up for its call.
-    constexpr int64_t kMaxProducts = 1 << 18;
+    constexpr int64_t kMaxProducts = 1 << 20;
     if (a.rows * a.columns * b.columns <= kMaxProducts) {
-      std::unique_ptr<T[]> packed;
+      Scratch<T> packed;
       const bool packs = b.column_stride != 1;
-      if (packs) packed = transpose<T>(b.transposed());
+      if (packs) packed = transposed<T>(b.transposed());
       return multiply({a.data, a.row_stride, a.column_stride, packs ? packed.get() : b.data,
                        packs ? b.columns : b.row_stride, bias, out.data, out.row_stride, a.rows,
                        b.columns, a.columns});
