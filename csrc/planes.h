@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <optional>
+#include <vector>
 
 namespace esper {
 
@@ -60,16 +62,64 @@ inline Tensor in_order(const Tensor& t, int64_t channel_dim, MemoryOrder order) 
   return move_dim(torch::stable::contiguous(move_dim(t, channel_dim, -1)), -1, channel_dim);
 }
 
-// Like empty_like for a tensor without gaps in memory, past the dispatcher: half of its cost.
-inline Tensor empty_with_strides_of(const Tensor& t) {
+// Like empty_strided with the shape of `t`, past the dispatcher: half of its cost.
+inline Tensor empty_strided_like(const Tensor& t, const int64_t* strides) {
   AtenTensorHandle result;
   int32_t dtype, device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), t.sizes().data(),
-                                                         t.strides().data(), dtype, device_type,
-                                                         t.get_device_index(), &result));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      t.dim(), t.sizes().data(), strides, dtype, device_type, t.get_device_index(), &result));
   return Tensor(result);
+}
+
+// Like empty_like for a tensor without gaps in memory.
+inline Tensor empty_with_strides_of(const Tensor& t) {
+  return empty_strided_like(t, t.strides().data());
+}
+
+// The dimensions of `t` as that order has them in memory, the innermost first.
+inline std::vector<int64_t> dims_inside_out(const Tensor& t, int64_t channel_dim,
+                                            MemoryOrder order) {
+  std::vector<int64_t> dims;
+  dims.reserve(static_cast<size_t>(t.dim()));
+  const bool channels_last = order == MemoryOrder::kChannelsLast;
+  if (channels_last) dims.push_back(channel_dim);
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (!channels_last || d != channel_dim) dims.push_back(d);
+  }
+  return dims;
+}
+
+// A tensor of the shape of `t` in that order, without gaps.
+inline Tensor empty_in_order(const Tensor& t, int64_t channel_dim, MemoryOrder order) {
+  std::vector<int64_t> strides(static_cast<size_t>(t.dim()));
+  int64_t stride = 1;
+  for (const int64_t d : dims_inside_out(t, channel_dim, order)) {
+    strides[d] = stride;
+    stride *= t.size(d);
+  }
+  return empty_strided_like(t, strides.data());
+}
+
+// From one row of `t` to the next, a row being a plane. None where `t` is not in that order or its
+// rows have gaps; there may be gaps between them, as in some channels of a larger tensor.
+inline std::optional<int64_t> row_stride(const Tensor& t, int64_t channel_dim, MemoryOrder order) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t expected = 1;
+  bool in_row = true;
+  std::optional<int64_t> result;
+  for (const int64_t d : dims_inside_out(t, channel_dim, order)) {
+    if (sizes[d] != 1) {
+      if (!in_row && !result && strides[d] > expected) expected = strides[d];
+      if (strides[d] != expected) return std::nullopt;
+      if (!in_row && !result) result = expected;
+      expected *= sizes[d];
+    }
+    if (d == channel_dim) in_row = false;
+  }
+  return result.value_or(expected);
 }
 
 inline Planes planes_of(const Tensor& t, int64_t channel_dim, MemoryOrder order) {

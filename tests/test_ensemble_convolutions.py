@@ -19,7 +19,12 @@ from esper.blueprints.convolutional import ConvBottleneck, Depthwise
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.norm import Norm
 from esper.blueprints.residual_mlp import ResidualMLP
-from esper.channels import Geometry, isolated_convolution, shared_convolution
+from esper.channels import (
+    Geometry,
+    grouped_convolution,
+    isolated_convolution,
+    shared_convolution,
+)
 from esper.config import SeedSettings
 from esper.contracts import GraftingStrategy, SeedState, SiteSignature
 from esper.kasmina.ensemble import Individuals, SideBySide
@@ -246,6 +251,88 @@ def test_a_frozen_seed_among_learning_ones_gets_no_gradient() -> None:
         parameter.requires_grad_(True)
     model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
     assert [w.grad is None for w in weights(model)] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+class BackwardGroups(TorchDispatchMode):
+    """Notes in how many groups convolutions are differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(args[9])
+        return func(*args, **(kwargs or {}))
+
+
+def grouped_arguments(
+    groups: int, channels: int, rows: int, kernel: tuple[int, ...]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Geometry]:
+    rank = len(kernel)
+    shapes = ((2, groups * channels, *[7] * rank), (groups * rows, channels, *kernel))
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in (*shapes, (groups * rows,))
+    )
+    return (x, weight, bias), Geometry((2,) * rank, (1,) * rank, (1,) * rank)
+
+
+def convolved_by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, groups: int
+) -> Tensor:
+    return torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry.stride), groups)
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "rows", "kernel", "computed_in"),
+    [
+        (4, 4, 4, (3, 3), 1),
+        (3, 2, 5, (3,), 1),
+        (2, 3, 1, (2, 1, 3), 1),
+        (5, 4, 4, (3, 3), 5),  # more channels than one block has
+        (2, 8, 4, (3, 3), 2),  # groups that fill one
+        (4, 4, 8, (1, 1), 4),
+        (4, 1, 2, (3, 3), 4),
+        (1, 4, 4, (3, 3), 1),
+    ],
+)
+def test_a_grouped_convolution_is_torchs(
+    groups: int, channels: int, rows: int, kernel: tuple[int, ...], computed_in: int
+) -> None:
+    inputs, geometry = grouped_arguments(groups, channels, rows, kernel)
+    out = grouped_convolution(*inputs, geometry, groups)
+    expected_out = convolved_by_torch(*inputs, geometry, groups)
+    assert torch.equal(out, expected_out)
+    grad = torch.randn_like(out)
+    with BackwardGroups() as computed:
+        found = torch.autograd.grad(out, inputs, grad)
+    assert computed.seen == [computed_in]
+    expected = torch.autograd.grad(expected_out, inputs, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_grouped_convolution_is_differentiated_twice() -> None:
+    inputs, geometry = grouped_arguments(2, 2, 1, (3,))
+
+    def convolve(*inputs: Tensor) -> Tensor:
+        return grouped_convolution(*inputs, geometry, 2)
+
+    assert torch.autograd.gradcheck(convolve, inputs)
+    assert torch.autograd.gradgradcheck(convolve, inputs)
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_group() -> None:
+    inputs, geometry = grouped_arguments(4, 4, 4, (3, 3))
+    out = grouped_convolution(*inputs, geometry, 4)
+    grad = torch.ones_like(out)
+    grad[0, 5] = torch.inf
+    found = torch.autograd.grad(out, inputs, grad)
+    assert not found[0][:, 4:8].isfinite().all()
+    assert found[0][:, :4].isfinite().all()
+    assert found[0][:, 8:].isfinite().all()
+    expected = torch.autograd.grad(convolved_by_torch(*inputs, geometry, 4), inputs, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 class Convolutions(TorchDispatchMode):

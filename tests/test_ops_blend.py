@@ -354,6 +354,31 @@ def test_keeps_the_hosts_memory_format(memory_format: torch.memory_format, devic
     assert grad_out.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [5, 90])  # of several tiles each
+def test_outs_may_be_parts_of_one_tensor(
+    size: int, memory_format: torch.memory_format, device: str
+) -> None:
+    y, made = (
+        torch.randn(3, channels, size, size, device=device).to(memory_format=memory_format)
+        for channels in (12, 14)
+    )
+    made[1, 3, 2, 2] = torch.nan
+    parts = [made.narrow(1, 1, 4), made.narrow(1, 6, 6)]
+    apart = [part.contiguous(memory_format=memory_format) for part in parts]
+    cells, expected_cells = (make_fields([0.3, 1.0], device) for _ in range(2))
+    at = [0, 1], [2, 6], cells.alpha, 1
+    result = ops.blend(y, parts, *at, cells.non_finite, cells.fault)
+    expected = ops.blend(y, apart, *at, expected_cells.non_finite, expected_cells.fault)
+    assert matches_storage(result, expected)
+    assert cells.non_finite.tolist() == expected_cells.non_finite.tolist() == [1.0, 0.0]
+    grads, expected_grads = (
+        torch.ops.esper.blend_backward(y, y, outs, *at, [True] * 3) for outs in (parts, apart)
+    )
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert matches_storage(grad, expected_grad)
+
+
 def test_inputs_are_left_alone(device: str) -> None:
     y, out = torch.randn(4, 6, device=device), torch.randn(4, 2, device=device)
     before = y.clone(), out.clone()

@@ -223,6 +223,7 @@ struct Chunk {
   Span columns;
   int64_t seed;
   Tensor out;
+  int64_t out_row_stride;  // more than a row where `out` is a part of what several seeds have made
   std::optional<Tensor> grad_out;
 };
 
@@ -254,11 +255,10 @@ struct Matrix {
         row_size(planes.channels * planes.inner) {
     chunks.reserve(outs.size());
     for (const size_t i : places.by_start) {
-      const int64_t end = starts[i] + outs[i].size(dim);
-      chunks.push_back({{starts[i] * planes.inner, end * planes.inner},
-                        seeds[i],
-                        in_order(outs[i], dim, order),
-                        std::nullopt});
+      const Span columns{starts[i] * planes.inner, (starts[i] + outs[i].size(dim)) * planes.inner};
+      const auto stride = esper::row_stride(outs[i], dim, order);
+      chunks.push_back({columns, seeds[i], stride ? outs[i] : in_order(outs[i], dim, order),
+                        stride.value_or(columns.size()), std::nullopt});
     }
   }
 
@@ -286,11 +286,13 @@ struct Matrix {
       const Span columns = tile.columns.clamp(chunks[i].columns);
       if (columns.size() == 0) continue;
       add_gap(column, columns.begin);
+      const Chunk& chunk = chunks[i];
+      const int64_t skipped = columns.begin - chunk.columns.begin;
       panel.pieces.push_back(
           {i, shifted(columns, tile),
-           chunk_rows(const_data<Stored<T>>(chunks[i].out), tile, columns, i),
-           chunk_rows(mutable_data<Stored<T>>(chunks[i].grad_out), tile, columns, i),
-           alphas[chunks[i].seed]});
+           chunk_rows(const_data<Stored<T>>(chunk.out), tile, skipped, chunk.out_row_stride),
+           chunk_rows(mutable_data<Stored<T>>(chunk.grad_out), tile, skipped, chunk.columns.size()),
+           alphas[chunk.seed]});
       column = columns.end;
     }
     add_gap(column, tile.columns.end);
@@ -304,10 +306,9 @@ struct Matrix {
   }
 
   template <typename S>
-  Rows<S> chunk_rows(S* data, const Tile& tile, const Span& columns, size_t chunk) const {
+  static Rows<S> chunk_rows(S* data, const Tile& tile, int64_t skipped, int64_t row_stride) {
     if (data == nullptr) return {};
-    const Span& whole = chunks[chunk].columns;
-    return {data + tile.rows.begin * whole.size() + columns.begin - whole.begin, whole.size()};
+    return {data + tile.rows.begin * row_stride + skipped, row_stride};
   }
 };
 
@@ -414,7 +415,9 @@ std::vector<Tensor> blend_backward(const Tensor& grad, const std::optional<Tenso
   for (size_t i = 0; i < outs.size(); ++i) {
     Chunk& chunk = matrix.chunks[i];
     const size_t place = 1 + places.by_start[i];
-    if (needed[place]) grads[place] = chunk.grad_out = empty_with_strides_of(chunk.out);
+    if (needed[place]) {
+      grads[place] = chunk.grad_out = empty_in_order(chunk.out, matrix.dim, matrix.order);
+    }
   }
   blend_backward_into(gradient, grads[0], matrix, alpha);
   std::vector<Tensor> present;

@@ -8,9 +8,12 @@ seeds share, needs no groups: the weights of all seeds, stacked, make one wide c
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
-from esper.channels import Geometry
+from torch import Tensor
+
+from esper.channels import Geometry, grouped_convolution
 from esper.kasmina.graph import Graph, Node, Ref, TensorSpec, Value
 from esper.kasmina.operators import operator
 from esper.kasmina.source import KernelFunction, python_function, python_source
@@ -70,7 +73,8 @@ class Channelwise:
     def _compiled(self, graph: Graph, num_seeds: int) -> KernelFunction:
         nodes = tuple(_widened(node, num_seeds) for node in graph.nodes)
         params = [Ref("param", spec.name) for spec in self.parameters]
-        return python_function(python_source(replace(graph, nodes=nodes), params, []))
+        source = python_source(replace(graph, nodes=nodes), params, [])
+        return python_function(source, _SIDE_BY_SIDE)
 
 
 def recognise(
@@ -109,14 +113,10 @@ def _entry(node: Node, rank: int, params: list[Ref]) -> Entry | None:
     whole = bound["input"] == _INP and bound.get("groups", 1) == 1
     if not whole or weight not in params or not (bias is None or bias in params):
         return None
-    stride, padding, dilation = (
-        _each(bound.get(name, default), rank)
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-    )
     return Entry(
         params.index(weight),
         None if bias is None else params.index(bias),
-        Geometry(stride, padding, dilation),
+        _geometry(bound, rank),
     )
 
 
@@ -133,18 +133,22 @@ def _tail(graph: Graph, rank: int, params: list[Ref]) -> Tail | None:
     if _CONVOLUTIONS.get(last.op) != rank:
         return None
     bound = _bound(last)
-    weight, bias, padding = bound["weight"], bound.get("bias"), bound.get("padding", 0)
-    if weight not in params or isinstance(padding, str):
+    weight, bias = bound["weight"], bound.get("bias")
+    if weight not in params or isinstance(bound.get("padding"), str):
         return None
-    stride, dilation = bound.get("stride", 1), bound.get("dilation", 1)
-    geometry = Geometry(_each(stride, rank), _each(padding, rank), _each(dilation, rank))
     return Tail(
         Graph(tuple(before), bound["input"]),
         params.index(weight),
         None if bias is None else params.index(bias),
-        geometry,
+        _geometry(bound, rank),
         bound.get("groups", 1),
     )
+
+
+def _geometry(bound: Mapping[str, Any], rank: int) -> Geometry:
+    """Return that of a convolution, given its arguments by name."""
+    defaults = (("stride", 1), ("padding", 0), ("dilation", 1))
+    return Geometry(*(_each(bound.get(name, default), rank) for name, default in defaults))
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
@@ -168,6 +172,18 @@ def _without(graph: Graph, index: int) -> Graph:
         for node in (*graph.nodes[:index], *graph.nodes[index + 1 :])
     )
     return Graph(nodes, moved(graph.output))
+
+
+def _convolve_side_by_side(rank: int, **bound: Any) -> Tensor:
+    geometry = _geometry(bound, rank)
+    bias, groups = bound.get("bias"), bound["groups"]
+    return grouped_convolution(bound["input"], bound["weight"], bias, geometry, groups)
+
+
+_SIDE_BY_SIDE = tuple(
+    (operator(name).identifier, partial(_convolve_side_by_side, rank))
+    for name, rank in _CONVOLUTIONS.items()
+)
 
 
 def _width(

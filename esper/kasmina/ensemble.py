@@ -248,6 +248,8 @@ class SideBySide:
         self._run = form.compile(len(seats))
         self._tail = form.tail
         self._run_trunk = form.compile_trunk(len(seats))
+        # Children of a module are found slowly.
+        self._learners = [(seat, seat.kernel) for seat in seats]
         self._shapes = [weight.shape for weight in seats[0].kernel.weights()] * len(seats)
         self._device_type = self.cells.bank.device.type
         self._usable = True
@@ -316,7 +318,11 @@ class SideBySide:
         """Return the seats' weights if they can be computed side by side here, else None."""
         if not self._usable or torch.compiler.is_compiling() or ops.is_exporting():
             return None
-        leaves = [weight for seat in self.seats for weight in seat.weights()]
+        leaves = [
+            weight
+            for seat, kernel in self._learners
+            for weight in (kernel.weights() if seat.learns else seat.weights())
+        ]
         fits = (
             self.seats[0].fits(host)
             and inp.dtype is host.dtype

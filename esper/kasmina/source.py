@@ -14,6 +14,7 @@ from esper.kasmina.graph import DTYPES, DType, Graph, Node, Ref, Value
 from esper.kasmina.operators import fast_bindings, operator
 
 KernelFunction = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+Bindings = tuple[tuple[str, Callable[..., Any]], ...]  # functions by their identifier
 
 
 def python_source(graph: Graph, params: Sequence[Ref], buffers: Sequence[Ref]) -> str:
@@ -32,21 +33,29 @@ def python_source(graph: Graph, params: Sequence[Ref], buffers: Sequence[Ref]) -
 
 
 @lru_cache(maxsize=1024)
-def python_function(source: str) -> KernelFunction:
-    """Return the function that ``source`` defines; equal sources share one."""
+def python_function(source: str, instead: Bindings = ()) -> KernelFunction:
+    """Return the function that ``source`` defines; equal sources share one.
+
+    ``instead`` has what it calls in place of the whitelist's function of that identifier.
+    """
     scope: dict[str, KernelFunction] = {}
-    exec(compile(source, "<esper kernel>", "exec"), _globals(), scope)
+    exec(compile(source, "<esper kernel>", "exec"), _globals(instead), scope)
     return scope["run"]
 
 
 @cache
-def _globals() -> dict[str, Any]:
+def _globals(instead: Bindings) -> dict[str, Any]:
     """What generated source can see: the whitelist and the dtypes.
 
     ``__import__`` is for torch alone, which imports some of its parts when they are first needed
     and looks the function up in the calling frame; the source has no way to name it.
     """
-    return {"__builtins__": {"__import__": __import__}, **fast_bindings(), **DTYPES}
+    return {
+        "__builtins__": {"__import__": __import__},
+        **fast_bindings(),
+        **DTYPES,
+        **dict(instead),
+    }
 
 
 def _statements(graph: Graph, names: Mapping[Ref, str]) -> Iterator[str]:
