@@ -1,5 +1,5 @@
-// Matrix products. Small ones run in loops of their own, which spares them the microseconds that a
-// call through the dispatcher costs; all others go to torch's BLAS.
+// Matrix products. Small ones run in loops of their own, which hold the result in registers and
+// need no call through the dispatcher; all others go to torch's BLAS.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -139,6 +139,7 @@ void matmul(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>&
             const T* bias = nullptr) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     // From here on BLAS makes up for its call.
+    // One thread of these loops is ahead of MKL's so far; beyond, BLAS has threads and blocking.
     constexpr int64_t kMaxProducts = 1 << 20;
     if (a.rows * a.columns * b.columns <= kMaxProducts) {
       Scratch<T> packed;
