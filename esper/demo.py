@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -26,12 +25,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper.blueprints as blueprints
+import esper.command_line as command_line
 from esper.config import SeedSettings, TamiyoSettings
 from esper.contracts import (
     Design,
     GraftingStrategy,
     SiteSignature,
 )
+from esper.errors import EsperError
 from esper.kasmina.export import export
 from esper.kasmina.model import MorphableModel, wrap
 from esper.nissa.journal import FINAL_RECORD, Journal
@@ -305,17 +306,10 @@ def _folder_name(text: str) -> str:
     return text
 
 
-def _epochs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
     return int(text)
-
-
-def _learning_rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(text)) and value > 0:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -324,12 +318,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--runs", default="runs", help="where runs are kept")
     parser.add_argument(
-        "--epochs", type=_epochs, help=f"{EPOCHS}, or {FREE_RUNNING_EPOCHS} with --free-running"
+        "--epochs",
+        type=command_line.count_above_zero,
+        help=f"{EPOCHS}, or {FREE_RUNNING_EPOCHS} with --free-running",
     )
     parser.add_argument(
-        "--lr", type=_learning_rate, default=3e-3, help="learning rate of Adam (default: 0.003)"
+        "--lr",
+        type=command_line.number_above_zero,
+        default=3e-3,
+        help="learning rate of Adam (default: 0.003)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="two runs with a seed are the same")
+    parser.add_argument("--seed", type=_seed, default=0, help="two runs with a seed are the same")
     parser.add_argument(
         "--free-running",
         action="store_true",
@@ -337,7 +336,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "since this network learns in seconds and two runs are to give the same numbers",
     )
     parser.add_argument(
-        "--metrics-port", type=int, help="of this machine, where Prometheus is served meanwhile"
+        "--metrics-port",
+        type=command_line.port,
+        help="of this machine, where Prometheus is served meanwhile",
     )
     parser.add_argument(
         "--with-bad-blueprint",
@@ -347,12 +348,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the demo; a missing extra or Ctrl-C ends in one line and an exit status."""
+    """Run the demo; what is missing or in the way, or Ctrl-C, ends in one line and a status."""
     if importlib.util.find_spec("sklearn") is None:
-        sys.exit("esper demo needs scikit-learn: pip install 'esper-torch[demo]'")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        command_line.refuse("demo", "it needs scikit-learn: pip install 'esper-torch[demo]'")
+    command_line.configure_logging("%(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     try:
         Demo(options).run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except (EsperError, OSError) as error:
+        command_line.refuse("demo", error)

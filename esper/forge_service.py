@@ -12,6 +12,7 @@ import time
 from asyncio.subprocess import Process
 from contextlib import closing, suppress
 
+import esper.command_line as command_line
 import esper.forge_worker as forge_worker
 import esper.oona as oona
 from esper.errors import EsperError
@@ -27,10 +28,18 @@ _SOUND_AFTER_S = 60.0  # a worker that lived that long begins with the first pau
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tezzeret", type=int, default=1, metavar="N", help="number of forges (default: 1)"
+        "--tezzeret",
+        type=command_line.count,
+        default=1,
+        metavar="N",
+        help="number of forges (default: 1)",
     )
     parser.add_argument(
-        "--urabrask", type=int, default=1, metavar="N", help="number of evaluators (default: 1)"
+        "--urabrask",
+        type=command_line.count,
+        default=1,
+        metavar="N",
+        help="number of evaluators (default: 1)",
     )
     parser.add_argument(
         "--status", action="store_true", help="print what the library's forges do, and end"
@@ -39,15 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the service; what is wrong ends in one line and exit status 1."""
+    """Run the service. Exit status 1 for work that was left, 2, and one line, for what is wrong."""
     try:
         if options.status:
-            with closing(connect(options.library)) as urza:
+            with closing(connect(options.library, create=False)) as urza:
                 print(urza.forge_status().model_dump_json(indent=2))
             return
         _check(options)
     except (EsperError, ValueError, OSError) as error:
-        sys.exit(f"esper forge: {error}")
+        command_line.refuse("forge", error)
     forge_worker.configure_logging("forge", verbose=options.verbose)
     if not asyncio.run(ForgeService(options).run()):
         sys.exit("esper forge: not everything was done, see the log")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 
+import esper.command_line as command_line
 import esper.oona as oona
 from esper.config import EvaluatorSettings, ForgeSettings
 from esper.errors import BusError, EsperError
@@ -22,7 +23,7 @@ from esper.tezzeret import Tezzeret
 from esper.urabrask import Urabrask
 from esper.urza import Library, connect
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("esper.forge_worker")  # also as __main__
 
 ROLES = ("tezzeret", "urabrask")
 
@@ -48,19 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="work off what waits, then end")
     parser.add_argument(
         "--drain-s",
-        type=float,
+        type=command_line.number_above_zero,
         default=20.0,
         help="seconds in which work at hand may be finished after SIGTERM (default: %(default)s)",
     )
     parser.add_argument(
         "--lease-s",
-        type=float,
+        type=command_line.number_above_zero,
         default=60.0,
         help="seconds after which a silent worker is taken for lost (default: %(default)s)",
     )
     parser.add_argument(
         "--poll-s",
-        type=float,
+        type=command_line.number_above_zero,
         default=5.0,
         help="seconds between two looks at what waits (default: %(default)s)",
     )
@@ -91,12 +92,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configure_logging(name: str, *, verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format=f"%(asctime)s {name} %(levelname)s: %(message)s",
+    command_line.configure_logging(
+        f"%(asctime)s {name} %(levelname)s: %(message)s",
+        logging.DEBUG if verbose else logging.INFO,
     )
-    if not verbose:
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request at INFO
 
 
 async def work(urza: Library, bus: Oona | None, options: argparse.Namespace) -> None:

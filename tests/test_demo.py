@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import refusal
 
 from esper import cli
 from esper.contracts import KernelStatus, SeedState
@@ -171,11 +172,20 @@ def test_impossible_options_are_refused(
     assert f"argument {option}: {complaint}" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(SystemExit, match=r"pip install 'esper-torch\[demo\]'"):
-        cli.main(["demo", "--runs", str(tmp_path)])
+    said = refusal(["demo", "--runs", str(tmp_path)], capsys)
+    assert "pip install 'esper-torch[demo]'" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert refusal(["demo", "--runs", str(tmp_path / "file")], capsys).startswith("esper demo: ")
 
 
 def test_the_split_is_fixed_and_disjoint() -> None:

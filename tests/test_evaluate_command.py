@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from command_line import refusal
 from test_urabrask_evaluator import publish
 from urabrask_artifacts import ACT, Artifact, artifact, graph, residual_mlp
+from urza_samples import UNKNOWN
 from urza_servers import served
 
 from esper.cli import main
@@ -66,9 +68,32 @@ def test_what_is_no_artifact_is_said_in_one_line(
 ) -> None:
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(tmp_path)])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
+    error = refusal(["evaluate", str(tmp_path)], capsys)
     assert error.startswith("esper evaluate: ")
     assert said in error
+
+
+def test_a_word_that_names_no_kernel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal(["evaluate", "zzz"], capsys)
+    assert said.startswith("esper evaluate: zzz is neither the id of a kernel")
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", UNKNOWN, "--html", "none/page.html"])
+    assert ended.value.code == 2
+    assert "argument --html: there is no folder none" in capsys.readouterr().err
+
+
+def test_a_library_that_is_not_there_is_not_made_by_looking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path / "none", tmp_path):
+        said = refusal(["evaluate", UNKNOWN, "--library", str(folder)], capsys)
+        assert said == f"esper evaluate: no library at {folder}: it has no library.sqlite"
+    assert list(tmp_path.iterdir()) == []

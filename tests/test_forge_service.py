@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from command_line import refusal
 from forge_samples import SITES
 from urza_backends import Place
 from urza_samples import submit
@@ -197,17 +198,15 @@ def test_the_status_is_printed(
     [
         ([], "a library without a folder needs URZA_URL"),
         (["--status"], "a library without a folder needs URZA_URL"),
+        (["--status", "--library", "none"], "no library at "),
         (["--library", "{url}"], "signing a verdict needs URZA_KEY"),
         (["--library", "{url}", "--urabrask", "0", "--bus", "http://x"], "the bus is at redis://"),
         (["--library", "{url}", "--urabrask", "0", "--bus", "unix:///x"], "cannot reach Redis at"),
     ],
 )
 def test_what_the_workers_lack_is_said_once_in_one_line(
-    tmp_path: Path, words: list[str], because: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], because: str
 ) -> None:
-    with (
-        Urza(tmp_path / "library") as library,
-        served(create_app(library, Tokens([]))) as url,
-        pytest.raises(SystemExit, match=f"^esper forge: {because}"),
-    ):
-        main(["forge", *(word.format(url=url) for word in words)])
+    with Urza(tmp_path / "library") as library, served(create_app(library, Tokens([]))) as url:
+        said = refusal(["forge", *(word.format(url=url) for word in words)], capsys)
+    assert said.startswith(f"esper forge: {because}")

@@ -9,9 +9,9 @@ import sys
 import threading
 
 import pytest
+from command_line import refusal
 from nissa_sample import EPOCH, sample_record
 
-from esper import cli
 from esper.nissa.journal import FINAL_RECORD, JOURNAL, Journal
 from esper.nissa.record import RunRecorder
 from esper.nissa.watch import WatchServer
@@ -95,14 +95,14 @@ def test_a_broken_journal_is_an_error_with_its_reason(server, tmp_path):
     assert "step" in body
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="none: there is no such folder"):
-        cli.main(["watch", str(tmp_path / "none")])
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert "none: there is no such folder" in refusal(["watch", str(tmp_path / "none")], capsys)
 
 
-def test_a_port_that_is_taken_is_one_line(server, tmp_path):
-    with pytest.raises(SystemExit, match=f"port {server.server_port} of this machine cannot"):
-        cli.main(["watch", str(tmp_path), "--port", str(server.server_port)])
+def test_a_port_that_is_taken_is_one_line(server, tmp_path, capsys):
+    port = str(server.server_port)
+    said = refusal(["watch", str(tmp_path), "--port", port], capsys)
+    assert f"port {port} of this machine cannot" in said
 
 
 def test_ctrl_c_ends_the_command(tmp_path):

@@ -176,3 +176,12 @@ def test_a_backup_of_a_library_is_a_library(first: Path, tmp_path: Path) -> None
     with Urza(tmp_path / "backup") as urza:
         urza.verify()
         assert urza.audit.head() == head
+
+
+@LOCAL
+def test_a_place_without_a_library_is_left_so(place: Place) -> None:
+    for _ in range(2):
+        with pytest.raises(LibraryError, match="no library at"):
+            Urza(url=place.url, blobs=place.blobs, create=False)
+    place.open().close()
+    Urza(url=place.url, blobs=place.blobs, create=False).close()

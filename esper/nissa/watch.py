@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import hashlib
 import http.server
-import sys
 import threading
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import esper.command_line as command_line
 from esper.nissa.journal import JournalReader
 from esper.nissa.report import render_report, render_waiting
 
@@ -97,17 +97,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="of the run, for example runs/demo")
-    parser.add_argument("--port", type=int, default=0, help="of this machine (default: a free one)")
+    parser.add_argument(
+        "--port",
+        type=command_line.port,
+        default=0,
+        help="of this machine (default: a free one)",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     """Serve until Ctrl-C; a folder that is not there or a port that is taken is one line."""
     if not options.folder.is_dir():
-        sys.exit(f"{options.folder}: there is no such folder; a run makes it when it begins")
+        command_line.refuse(
+            "watch", f"{options.folder}: there is no such folder; a run makes it when it begins"
+        )
     try:
         server = WatchServer(options.folder, options.port)
-    except (OSError, OverflowError) as error:
-        sys.exit(f"port {options.port} of this machine cannot be served: {error}")
+    except OSError as error:
+        command_line.refuse(
+            "watch", f"port {options.port} of this machine cannot be served: {error}"
+        )
     with server, contextlib.suppress(KeyboardInterrupt):
         print(f"{options.folder}: open {server.url} (Ctrl-C ends this, not the run)", flush=True)
         server.serve_forever()

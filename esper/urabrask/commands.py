@@ -16,9 +16,10 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
+import esper.command_line as command_line
 from esper.config import EvaluatorSettings
 from esper.contracts import KernelManifest, KernelStatus, UrabraskValidationReport
-from esper.errors import ArtifactError, EsperError
+from esper.errors import ArtifactError, ArtifactNotFoundError, EsperError
 from esper.urabrask import risk
 from esper.urabrask.evaluator import Urabrask
 from esper.urabrask.gauntlet import Gauntlet
@@ -39,24 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the library, or URL of its server, for an id (default: $URZA_API_URL, else "
         "where $URZA_URL and $URZA_BLOBS say)",
     )
-    parser.add_argument("--html", type=Path, help="write the report as an HTML page, too")
+    parser.add_argument("--html", type=_page, help="write the report as an HTML page, too")
 
 
 def main(options: argparse.Namespace) -> None:
     """Print the report. Exit status 0 for VALIDATED, 1 for another verdict, 2 for none."""
     try:
         report = _evaluate(options)
+        show(report, Console())
+        if options.html is not None:
+            _save_html(report, options.html)
     except (EsperError, ValueError, OSError) as error:
-        print(f"esper evaluate: {error}", file=sys.stderr)
-        sys.exit(2)
-    show(report, Console())
-    if options.html is not None:
-        with Path(os.devnull).open("w") as nowhere:
-            page = Console(record=True, width=_WIDTH_IN_HTML, file=nowhere, force_terminal=True)
-            show(report, page)
-            page.save_html(str(options.html))
+        command_line.refuse("evaluate", error)
     if report.status is not KernelStatus.VALIDATED:
         sys.exit(1)
+
+
+def _save_html(report: UrabraskValidationReport, path: Path) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        page = Console(record=True, width=_WIDTH_IN_HTML, file=nowhere, force_terminal=True)
+        show(report, page)
+        page.save_html(str(path))
+
+
+def _page(text: str) -> Path:
+    if not (path := Path(text)).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
 
 
 def _evaluate(options: argparse.Namespace) -> UrabraskValidationReport:
@@ -67,7 +77,7 @@ def _evaluate(options: argparse.Namespace) -> UrabraskValidationReport:
 
 
 async def _evaluate_in_library(artifact_id: str, place: str | None) -> UrabraskValidationReport:
-    with closing(connect(place)) as urza:
+    with closing(connect(place, create=False)) as urza:
         device = urza.kernel(artifact_id).manifest.device
         async with device_to_itself(device), Urabrask(urza, device=device) as urabrask:
             return await urabrask.evaluate(artifact_id)
@@ -86,6 +96,11 @@ async def _evaluate_alone(
 
 def read_artifact(folder: Path) -> tuple[KernelManifest, dict[str, bytes]]:
     """Read ``manifest.json`` and the files that it names."""
+    if not folder.is_dir():
+        raise ArtifactNotFoundError(
+            f"{folder} is neither the id of a kernel, 64 lowercase hexadecimal digits, nor the "
+            "folder of an artifact"
+        )
     try:
         manifest = KernelManifest.model_validate_json((folder / "manifest.json").read_bytes())
     except ValidationError as error:

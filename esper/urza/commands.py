@@ -13,8 +13,9 @@ from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
+import esper.command_line as command_line
 import esper.urza.sqlite as sqlite
-from esper.errors import EsperError, LibraryError
+from esper.errors import AuditError, EsperError
 from esper.urza.audit import AuditLog
 from esper.urza.blobs import checked_digest
 from esper.urza.database import Database, sqlite_url
@@ -36,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the chosen action; what is wrong ends in one line and exit status 1."""
+    """Run the chosen action. Exit status 1 for a log that is damaged, 2 for what cannot be read."""
     if options.library is None:
-        sys.exit("esper audit: name a library, or set URZA_URL")
+        command_line.refuse("audit", "name a library, or set URZA_URL")
     try:
         with _log(options.library) as log:
             options.act(log, options)
-    except (EsperError, ValueError, OSError) as error:
+    except AuditError as error:
         sys.exit(f"esper audit: {error}")
+    except (EsperError, ValueError, OSError) as error:
+        command_line.refuse("audit", error)
 
 
 def _verify(log: AuditLog, options: argparse.Namespace) -> None:
@@ -68,6 +71,6 @@ def _log(library: str) -> Iterator[AuditLog]:
 def _existing(library: str) -> URL:
     """Return the database's URL; opening a SQLite file that is not there would make it."""
     url = make_url(library) if "://" in library else sqlite_url(Path(library) / "library.sqlite")
-    if url.get_backend_name() == "sqlite" and not sqlite.file_of(url).is_file():
-        raise LibraryError(f"no library {sqlite.file_of(url)}")
+    if url.get_backend_name() == "sqlite":
+        sqlite.check_exists(url)
     return url

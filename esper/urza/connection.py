@@ -8,16 +8,17 @@ from esper.urza.library import Urza
 from esper.urza.protocol import Library
 
 
-def connect(place: Path | str | None = None) -> Library:
+def connect(place: Path | str | None = None, *, create: bool = True) -> Library:
     """Open the library in a folder, or behind the server at an ``http://`` or ``https://`` URL.
 
     Without ``place`` it is behind ``URZA_API_URL``, and without that where ``URZA_URL`` and
-    ``URZA_BLOBS`` say. ValueError if nothing says it, LibraryError if it cannot be used.
+    ``URZA_BLOBS`` say. ValueError if nothing says it, LibraryError if it cannot be used. A library
+    that is not there is made, or without ``create`` LibraryError; a server always has one.
     """
     url = os.environ.get("URZA_API_URL") if place is None else str(place)
     if url is not None and (place is None or url.startswith(("http://", "https://"))):
         return _client(url)
-    return Urza(place)
+    return Urza(place, create=create)
 
 
 def _client(url: str) -> Library:

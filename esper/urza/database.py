@@ -22,15 +22,19 @@ class Database:
 
     ``url`` is SQLAlchemy's: ``sqlite:////folder/library.sqlite``, ``postgresql://user@host/name``.
     An empty database is given its tables, and an older one is migrated, in one transaction each:
-    of several processes that open it at once one does the work. Without ``prepare`` it is taken as
-    it is. Raises ValueError for a URL of another kind, LibraryError for a database that cannot be
-    used, newer ones among them.
+    of several processes that open it at once one does the work. Without ``create`` an empty one is
+    left so, and without ``prepare`` any is taken as it is. Raises ValueError for a URL of another
+    kind, LibraryError for a database that cannot be used: newer ones, and without ``create`` empty
+    or missing ones.
     """
 
-    def __init__(self, url: str | URL, *, prepare: bool = True) -> None:
+    def __init__(self, url: str | URL, *, prepare: bool = True, create: bool = True) -> None:
         self._url = _parsed(url)
         self._turn = threading.Lock()
         self._is_sqlite = self._url.get_backend_name() == "sqlite"
+        self._create = create
+        if self._is_sqlite and not create:
+            sqlite.check_exists(self._url)
         self.name = (
             str(sqlite.file_of(self._url)) if self._is_sqlite else self._url.render_as_string()
         )
@@ -92,6 +96,8 @@ class Database:
     def _create_or_migrate(self, connection: Connection) -> None:
         """Runs in the writer's turn: what another process did before us shows here."""
         revision = _revision(connection)
+        if revision is None and not self._create:
+            raise LibraryError(f"no library at {self.name}: the database is empty")
         if revision is None:
             metadata.create_all(connection)
             connection.execute(insert(schema_version).values(version=SUPERSEDED))

@@ -119,6 +119,7 @@ class Urza:
             write to the library need not be able to sign verdicts.
         trusted_key: the evaluator's public key or the path of its PEM file, for all who sign
             nothing themselves.
+        create: make what is not there. Otherwise LibraryError, and nothing is made.
     """
 
     def __init__(
@@ -129,10 +130,14 @@ class Urza:
         blobs: str | None = None,
         key_path: Path | None = None,
         trusted_key: TrustedKey | Path | None = None,
+        create: bool = True,
     ) -> None:
-        folder = None if root is None else made_folder(Path(root).absolute())
+        folder = None if root is None else Path(root).absolute()
+        if folder and create:
+            made_folder(folder)
         self._database = Database(
-            url or (sqlite_url(folder / "library.sqlite") if folder else _environment("URZA_URL"))
+            url or (sqlite_url(folder / "library.sqlite") if folder else _environment("URZA_URL")),
+            create=create,
         )
         self._blobs = open_blobs(
             blobs or (str(folder / "blobs") if folder else _environment("URZA_BLOBS"))

@@ -5,14 +5,13 @@ and prints it, once; ``esper urza key`` prints the public half of the evaluator'
 """
 
 import argparse
-import logging
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+import esper.command_line as command_line
 import esper.oona as oona
 from esper.errors import EsperError, LibraryError
 from esper.oona import Oona
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "library", nargs="?", type=Path, help="its folder (default: $URZA_URL and $URZA_BLOBS)"
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    serve.add_argument("--port", type=int, default=_PORT, help="0 takes a free one")
+    serve.add_argument("--port", type=command_line.port, default=_PORT, help="0 takes a free one")
     serve.add_argument("--tokens", type=Path, help="file of known tokens, beside $URZA_TOKENS")
     serve.add_argument(
         "--trusted-key", type=Path, help="the evaluator's public key (default: $URZA_TRUSTED_KEY)"
@@ -45,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "namespace; may be given again (default: $REDIS_URL)",
     )
     serve.add_argument(
-        "--max-body-mib", type=int, default=_MAX_BODY_MIB, help="refuse larger requests"
+        "--max-body-mib",
+        type=command_line.count_above_zero,
+        default=_MAX_BODY_MIB,
+        help="refuse larger requests",
     )
     serve.add_argument("--certificate", type=Path, help="PEM file, to serve over TLS")
     serve.add_argument("--certificate-key", type=Path, help="PEM file of its private key")
@@ -65,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the chosen action; what is wrong ends in one line and exit status 1."""
+    """Run the chosen action; what is wrong ends in one line and exit status 2."""
     try:
         options.act(options)
     except (EsperError, ValueError, OSError) as error:
-        sys.exit(f"esper urza: {error}")
+        command_line.refuse("urza", error)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -79,7 +81,9 @@ def _serve(options: argparse.Namespace) -> None:
         raise LibraryError(
             f"serving a library needs {error.name}: pip install 'esper-torch[server]'"
         ) from error
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for pem in filter(None, (options.certificate, options.certificate_key)):
+        pem.open("rb").close()  # ssl does not name the file that it misses
+    command_line.configure_logging("%(asctime)s %(levelname)s %(name)s: %(message)s")
     tokens = load_tokens(options.tokens)
     with (
         listen(options.host, options.port, tokens) as listener,

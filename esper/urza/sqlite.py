@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 
+from esper.errors import LibraryError
 from esper.urza.folders import made_folder
 
 _BUSY_TIMEOUT_S = 60
@@ -18,6 +19,13 @@ def file_of(url: URL) -> Path:
     if not url.database or url.database == ":memory:":
         raise ValueError(f"a library needs a file, got the database {url.database!r}")
     return Path(url.database).absolute()
+
+
+def check_exists(url: URL) -> None:
+    """Raise LibraryError if there is no such file, which opening it would make."""
+    file = file_of(url)
+    if not file.is_file():
+        raise LibraryError(f"no library at {file.parent}: it has no {file.name}")
 
 
 def make_engines(url: URL) -> tuple[Engine, Engine]:
