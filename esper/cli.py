@@ -17,7 +17,7 @@ _COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "watch": (watch, "show a run in the browser while it goes on"),
     "evaluate": (evaluate, "judge a kernel and show the report"),
     "audit": (audit, "check the audit log of a library"),
-    "urza": (service, "serve a library to other machines"),
+    "urza": (service, "look into a library, and serve it to other machines"),
     "forge": (forge, "compile and evaluate for a shared library"),
     "tamiyo": (tamiyo, "ask a controller, pause it, let it go on"),
 }

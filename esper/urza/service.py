@@ -1,6 +1,6 @@
-"""``esper urza``: serve a library, and make the tokens and the public key that go with it.
+"""``esper urza``: look into a library, serve it, and make the tokens and the key that go with it.
 
-``esper urza serve FOLDER`` serves on the loopback; ``esper urza token FILE ROLE...`` makes a token
+``esper urza list`` shows what it holds; ``esper urza serve FOLDER`` serves on the loopback; ``esper urza token FILE ROLE...`` makes a token
 and prints it, once; ``esper urza key`` prints the public half of the evaluator's key.
 """
 
@@ -11,12 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from rich.console import Console
+
 import esper.command_line as command_line
 import esper.oona as oona
+import esper.urza.listing as listing
 from esper.errors import EsperError, LibraryError
 from esper.oona import Oona
 from esper.oona.address import parse_address
 from esper.urza.access import Role, add_token, load_tokens
+from esper.urza.connection import connect
 from esper.urza.keys import Keys
 from esper.urza.library import Urza
 
@@ -64,6 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the private key, made if missing (default: $URZA_KEY)",
     )
     key.set_defaults(act=_key)
+    show = actions.add_parser("list", help="show the blueprints and kernels of a library")
+    show.add_argument(
+        "--library",
+        help="its folder, or URL of its server (default: $URZA_API_URL, else where $URZA_URL and "
+        "$URZA_BLOBS say)",
+    )
+    show.add_argument("--json", action="store_true", help="print the whole records as JSON")
+    show.set_defaults(act=_list)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -115,6 +127,14 @@ def _buses(urls: Iterable[str]) -> Iterator[dict[str, Oona]]:
                 raise ValueError(f"two buses of the namespace {run!r}, which is a run's name")
             buses[run] = stack.enter_context(closing(oona.connect(url)))
         yield buses
+
+
+def _list(options: argparse.Namespace) -> None:
+    with closing(connect(options.library, create=False)) as library:
+        if options.json:
+            print(listing.as_json(library))
+        else:
+            listing.show(library, Console())
 
 
 def _token(options: argparse.Namespace) -> None:
