@@ -25,7 +25,7 @@ from esper.contracts import (
     SeedState,
     SiteSignature,
 )
-from esper.errors import LifecycleError
+from esper.errors import EsperError, LifecycleError
 from esper.kasmina.ensemble import Bottlenecks, Ensemble
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.seats import seats_of
@@ -317,9 +317,15 @@ def test_wrong_arguments_raise_before_anything_is_loaded(
         asyncio.run(model.load_kernel("0", 1, artifact_id))
 
 
-def test_without_a_library_nothing_loads(library: MemoryLibrary) -> None:
+def test_without_a_library_nothing_loads_and_the_error_says_how_to_connect_one(
+    library: MemoryLibrary,
+) -> None:
     model = esper.wrap(nn.Linear(8, 8), seeds_per_layer=2)
-    assert asyncio.run(model.load_kernel("", 0, library.add())) is False
+    with pytest.raises(
+        EsperError, match=r"no library is connected: call model\.connect\(esper\.Urza"
+    ):
+        asyncio.run(model.load_kernel("", 0, library.add()))
+    assert model.kasmina_layers[""].state(0) is SeedState.DORMANT
 
 
 def test_a_cancelled_germination_leaves_no_trace(

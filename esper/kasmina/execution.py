@@ -177,6 +177,7 @@ class Kasmina:
         tenancy = Tenancy(layer, seed_idx, artifact_id, alpha=alpha)
         if self.peers is not None:
             return self._load_on_all_ranks(tenancy, self.peers)
+        self.loads.check_connected()
         if not self.on_training_thread():
             self.inbox.append(functools.partial(self._admit_remotely, tenancy))
             return await asyncio.wrap_future(tenancy.settled)

@@ -164,8 +164,9 @@ class KasminaLayer:
         Awaited on the training thread, the kernel is in place when this returns; awaited on
         another, the next ``model.step()`` puts it in place. Returns False, and logs one line, if
         the artifact is unknown, not VALIDATED, damaged or made for another site; the host is then
-        as it was. Raises ``ValueError`` for a seed index or an alpha out of range, and
-        :class:`LifecycleError` if the seed is not DORMANT.
+        as it was. Raises ``ValueError`` for a seed index or an alpha out of range,
+        :class:`LifecycleError` if the seed is not DORMANT, and :class:`EsperError` if no library is
+        connected (in a distributed run that is False like all that one rank alone may lack).
         """
         self.check_seed(seed_idx)
         check_alpha(alpha, self.seed_name(seed_idx))

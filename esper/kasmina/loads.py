@@ -47,6 +47,14 @@ class Loads:
         """The library that kernels are loaded from, or None."""
         return None if self._loader is None else self._loader.source
 
+    def check_connected(self) -> None:
+        """Raise :class:`EsperError` while there is no library. Any thread."""
+        if self._loader is None:
+            raise EsperError(
+                "no library is connected: call model.connect(esper.Urza(folder)), or start a "
+                "Pipeline, first"
+            )
+
     def under_way(self) -> list[Tenancy]:
         """Return the tenancies whose kernel is still to come, in the order of their admission."""
         states = self._kasmina.bank.mirror["lifecycle_states"]
@@ -88,8 +96,8 @@ class Loads:
 
     def load(self, layer: KasminaLayer, seed_idx: int, artifact_id: str) -> Kernel:
         """Return a fresh, verified kernel for a seed; see :meth:`KernelLoader.prepare`. Any thread."""
-        if self._loader is None:
-            raise EsperError("no library is connected: call model.connect(library) first")
+        self.check_connected()
+        assert self._loader is not None
         device = self._kasmina.bank.device
         if layer.device != device:
             raise EsperError(

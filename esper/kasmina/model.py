@@ -87,7 +87,8 @@ class MorphableModel(nn.Module):
     ) -> bool:
         """Load a kernel by hand; see :meth:`KasminaLayer.load_kernel`.
 
-        Raises ``ValueError`` for an unknown layer, a seed index or an alpha out of range.
+        Raises ``ValueError`` for an unknown layer, a seed index or an alpha out of range, and
+        :class:`EsperError` if no library is connected.
         """
         return await self.kasmina.layer(layer_name).load_kernel(seed_idx, artifact_id, alpha=alpha)
 
