@@ -16,6 +16,7 @@ from esper.contracts import (
     KernelQuery,
     KernelRecord,
     LifecycleEvent,
+    OonaMessage,
     Outcome,
     SeedState,
     Topic,
@@ -200,3 +201,22 @@ async def test_a_refused_germination_frees_tamiyo_for_another(kernel: KernelReco
     commands, library = await run_tamiyo(kernel, [moved(S.DORMANT, S.DORMANT)])
     assert len(commands) == 2
     assert library.reports == []
+
+
+async def test_a_policy_sees_every_observed_seed_and_its_state(kernel: KernelRecord) -> None:
+    seen: list[ModelView] = []
+
+    class Watching:
+        def decide(self, view: ModelView) -> list[KasminaControlCommand]:
+            seen.append(view)
+            return []
+
+    tamiyo = Tamiyo(MemoryBus(), FakeLibrary([kernel]), lambda _: None, Watching())
+    signals = (signal(("fc", 0), 1.0), signal(("fc", 1), 3.0))
+    for topic, payload in (
+        (Topic.SEED_HEALTH, HealthBatch(signals=signals)),
+        (Topic.LIFECYCLE, moved(S.DORMANT, S.GERMINATED)),
+        (Topic.EPOCH, epochs(FLAT)[0]),
+    ):
+        await tamiyo.handle(OonaMessage(topic=topic, sender_id="test", payload=payload))
+    assert seen[0].states == {("fc", 0): S.DORMANT, ("fc", 1): S.GERMINATED}

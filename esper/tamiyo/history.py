@@ -152,7 +152,7 @@ class History:
         return ModelView(
             epochs=tuple(self.epochs),
             health=dict(self.health),
-            states=dict(self.states),
+            states=dict.fromkeys(self.health, SeedState.DORMANT) | self.states,
             failures=dict(self.failures),
             last_failure_epoch=dict(self.last_failure_epoch),
             adapting=self.adapting,

@@ -25,7 +25,7 @@ class ModelView:
 
     epochs: Sequence[EpochEvent]
     health: Mapping[SeedId, HealthSignal]  # the latest signal of each seed
-    states: Mapping[SeedId, SeedState]
+    states: Mapping[SeedId, SeedState]  # of every seed of an observed layer, DORMANT ones too
     failures: Mapping[SeedId, frozenset[str]]  # artifacts that were culled at a seed
     last_failure_epoch: Mapping[SeedId, int]  # when the last of them was
     adapting: frozenset[SeedId]  # seeds with an adaptation of the controller's under way
