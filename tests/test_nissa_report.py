@@ -303,13 +303,38 @@ def test_the_details_count_what_was_made():
     assert "3 kernels, 2 of them found safe and correct, 1 rejected." in text
 
 
+def test_an_attempt_that_the_run_did_not_finish_is_told_of():
+    whole = sample_record()
+    began = [event for event in whole.lifecycle if event.seed_id == REMOVED][:4]
+    record = whole.model_copy(
+        update={"field_reports": whole.field_reports[:1], "lifecycle": tuple(began)}
+    )
+    _, unfinished = adaptations(record)
+    assert (unfinished.seed_id, unfinished.design, unfinished.outcome) == (
+        REMOVED,
+        "gated",
+        "unfinished",
+    )
+    assert (unfinished.started_epoch, unfinished.ended_epoch) == (20, None)
+    assert unfinished.num_parameters == 352
+    assert unfinished.state is SeedState.GRAFTING
+    assert "Verdict none, the run ended in grafting." in Page(render_report(record)).text
+    [_, going_on] = adaptations(record.model_copy(update={"finished": False}))
+    assert going_on.outcome == "under way"
+
+
+def test_an_attempt_that_ended_without_a_report_is_not_open():
+    whole = sample_record()
+    assert len(adaptations(whole.model_copy(update={"field_reports": ()}))) == 0
+
+
 def test_each_attempt_says_what_where_when_why_its_cost_and_what_it_brought():
     kept, removed = adaptations(sample_record())
-    assert (kept.design, kept.started_epoch, kept.report.num_parameters) == ("low_rank", 12, 352)
+    assert (kept.design, kept.started_epoch, kept.num_parameters) == ("low_rank", 12, 352)
     assert "validation loss flat over 4 epochs" in kept.why
     assert (kept.state, removed.state) == (SeedState.FOSSILIZED, SeedState.CULLED)
     text = " ".join(Page(render_report(sample_record())).text.split())
-    assert f"Why {kept.why}. Verdict {kept.report.reason}." in text
+    assert f"Why {kept.why}. Verdict {kept.verdict}." in text
 
 
 def test_effects_are_drawn_from_one_zero_on_one_scale():

@@ -2,12 +2,20 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from esper.contracts import FieldReport, Outcome, SeedEvaluation, SeedState
+from esper.contracts import (
+    FieldReport,
+    LifecycleEvent,
+    Outcome,
+    SeedEvaluation,
+    SeedId,
+    SeedState,
+)
 from esper.nissa.charts import Scale
+from esper.nissa.formats import state_label
 from esper.nissa.record import RunRecord
-from esper.nissa.story import designs, started_epoch
+from esper.nissa.story import GROWING, designs, started_epoch
 
 _STATES = {
     Outcome.FOSSILIZED: SeedState.FOSSILIZED,
@@ -35,29 +43,89 @@ class EffectBar:
 
 @dataclass(frozen=True)
 class Adaptation:
-    report: FieldReport
+    seed_id: SeedId
     design: str
+    outcome: str
     started_epoch: int
+    ended_epoch: int | None  # None: it has not ended
+    num_parameters: int
     why: str  # the controller's reason to begin; empty if the record has none
+    verdict: str
     state: SeedState  # in whose colour the outcome is drawn
-    bar: EffectBar | None
+    evaluation: SeedEvaluation | None
+    bar: EffectBar | None = None
 
 
 def adaptations(record: RunRecord) -> list[Adaptation]:
-    """Return all attempts that have ended, in the order of time."""
-    names = designs(record)
-    scale = _effect_scale(report.evaluation for report in record.field_reports)
-    return [
-        Adaptation(
-            report,
-            names.get(report.artifact_id, report.artifact_id[:12]),
-            started_epoch(record, report),
-            _why(record, report),
-            _STATES[report.outcome],
-            _bar(report.evaluation, scale),
-        )
-        for report in record.field_reports
+    """Return all attempts: those that have ended, in the order of time, and then the others."""
+    attempts = [_ended(record, report) for report in record.field_reports]
+    attempts += [_unfinished(record, begin, last) for begin, last in _without_end(record)]
+    scale = _effect_scale(attempt.evaluation for attempt in attempts)
+    return [replace(attempt, bar=_bar(attempt.evaluation, scale)) for attempt in attempts]
+
+
+def _ended(record: RunRecord, report: FieldReport) -> Adaptation:
+    return Adaptation(
+        seed_id=report.seed_id,
+        design=designs(record).get(report.artifact_id, report.artifact_id[:12]),
+        outcome=_outcome(report.outcome),
+        started_epoch=started_epoch(record, report),
+        ended_epoch=report.ended_epoch,
+        num_parameters=report.num_parameters,
+        why=_why(record, report),
+        verdict=report.reason,
+        state=_STATES[report.outcome],
+        evaluation=report.evaluation,
+    )
+
+
+def _unfinished(record: RunRecord, begin: LifecycleEvent, last: LifecycleEvent) -> Adaptation:
+    is_over = record.finished or record.interrupted
+    artifact_id = begin.artifact_id or ""
+    return Adaptation(
+        seed_id=begin.seed_id,
+        design=designs(record).get(artifact_id, artifact_id[:12]),
+        outcome="unfinished" if is_over else "under way",
+        started_epoch=begin.epoch,
+        ended_epoch=None,
+        num_parameters=_parameters(record, artifact_id),
+        why=begin.reason,
+        verdict=f"none, {'the run ended' if is_over else 'it is'} in {state_label(last.target)}",
+        state=last.target,
+        evaluation=_latest_evaluation(record, begin),
+    )
+
+
+def _outcome(outcome: Outcome) -> str:
+    return "kept" if outcome is Outcome.FOSSILIZED else outcome.lower().replace("_", " ")
+
+
+def _without_end(record: RunRecord) -> list[tuple[LifecycleEvent, LifecycleEvent]]:
+    """Return for each attempt without an end the event that began it, and the latest one."""
+    begun: dict[SeedId, tuple[LifecycleEvent, LifecycleEvent]] = {}
+    for event in record.lifecycle:
+        if event.target is SeedState.GERMINATED:
+            begun[event.seed_id] = event, event
+        elif event.target not in GROWING:
+            begun.pop(event.seed_id, None)
+        elif event.seed_id in begun:
+            begun[event.seed_id] = begun[event.seed_id][0], event
+    return list(begun.values())
+
+
+def _latest_evaluation(record: RunRecord, begin: LifecycleEvent) -> SeedEvaluation | None:
+    evaluations = [
+        evaluation
+        for event in record.epochs
+        for evaluation in event.evaluations
+        if event.epoch >= begin.epoch and evaluation.seed_id == begin.seed_id
     ]
+    return evaluations[-1] if evaluations else None
+
+
+def _parameters(record: RunRecord, artifact_id: str) -> int:
+    manifests = [entry.kernel.manifest for entry in record.kernels]
+    return next((m.num_parameters for m in manifests if m.artifact_id == artifact_id), 0)
 
 
 def _why(record: RunRecord, report: FieldReport) -> str:

@@ -20,6 +20,7 @@ GLOSSARY = {
     "Blueprint": "the design of a small network that may be grown into a seed.",
     "Kernel": "a blueprint compiled for one kind of layer, ready to be loaded during training.",
     "Alpha": "how far a kernel is blended in: 0 is the layer alone, 1 the kernel's full output.",
+    "Epoch": "one pass over the training data; the first is epoch 0, here as in logs and events.",
     "Held-out loss": "the error on data that the network is not trained on; less is better.",
     "Contribution": "held-out loss without the kernel minus with it: positive means that it helps.",
     "Kasmina": "the execution layer: carries the seeds and swaps kernels in and out between steps.",

@@ -18,7 +18,7 @@ from esper.nissa.record import ResultRow, RunRecord
 
 _WINDOW = 4  # epochs before an adaptation in which the loss is compared with what went before
 _STALLED = 0.02  # a smaller relative improvement within the window counts as none
-_GROWING = [s for s in SeedState if SeedState.GERMINATED <= s < SeedState.FOSSILIZED]
+GROWING = [s for s in SeedState if SeedState.GERMINATED <= s < SeedState.FOSSILIZED]
 
 Scored = tuple[ResultRow, float]  # the higher the better
 
@@ -31,7 +31,7 @@ def headline(record: RunRecord) -> str:
         return _opening(record, tried[0]) + (_kept(record, kept) if kept else _removed(record))
     if layers := _layers(record, [SeedState.FOSSILIZED]):
         return f"The network {record.network} has grown in {layers}."
-    if layers := _layers(record, _GROWING):
+    if layers := _layers(record, GROWING):
         return f"The network {record.network} is growing in {layers}; the verdict is still open."
     if not record.epochs:
         return f"The network {record.network} has not finished its first epoch yet."
