@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from command_line import refusal
+from torch import nn
 from urza_backends import START_TIMEOUT_S, free_port, stopped
 from urza_proxy import Fault, Proxy, corrupted, lost, proxied, replaced_by, truncated
 from urza_samples import (
@@ -26,6 +27,8 @@ from urza_samples import (
 )
 from urza_servers import served, start_server
 
+import esper
+import esper.urza.connection
 from esper.contracts import (
     BlueprintStatus,
     Compilation,
@@ -34,10 +37,16 @@ from esper.contracts import (
     Pipeline,
     SeedState,
 )
-from esper.errors import ArtifactIntegrityError, ConflictError, LeaseError, LibraryError
+from esper.errors import (
+    ArtifactIntegrityError,
+    ConflictError,
+    LeaseError,
+    LibraryError,
+    TokenError,
+)
 from esper.trust import verify_bundle
 from esper.urza import EvaluatorKey, Urza, connect
-from esper.urza.access import Tokens
+from esper.urza.access import Role, Tokens, add_token, load_tokens
 from esper.urza.client import UrzaClient
 from esper.urza.server import create_app
 
@@ -335,6 +344,39 @@ def test_connect_opens_what_is_named_and_else_what_the_environment_names(
     monkeypatch.delenv("URZA_API_URL")
     with pytest.raises(ValueError, match=r"^a library without a folder needs URZA_URL$"):
         connect()
+
+
+def test_a_server_that_is_not_there_is_said_at_once_without_its_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(esper.urza.connection, "_PATIENCE_S", 0.1)
+    port = free_port()
+    monkeypatch.setenv("URZA_API_URL", f"http://user:secret@127.0.0.1:{port}/lib")
+    monkeypatch.setenv("URZA_API_TOKEN", "hidden")
+    threads = threading.active_count()
+    model = esper.wrap(nn.Linear(4, 4))
+    with pytest.raises(LibraryError) as raised:
+        esper.Pipeline(model)
+    said = str(raised.value)
+    server = f"http://user:***@127.0.0.1:{port}/lib"
+    assert said.startswith(f"the library's server at {server} cannot be used: GET {server}/api")
+    assert "secret" not in said
+    assert "hidden" not in said
+    assert threading.active_count() == threads
+
+
+def test_a_token_that_is_not_taken_is_said_at_once(
+    library: Urza, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    add_token(tmp_path / "tokens", frozenset({Role.RESEARCHER}))
+    monkeypatch.setenv("URZA_API_TOKEN", "hidden")
+    with (
+        served(create_app(library, load_tokens(tmp_path / "tokens"))) as url,
+        pytest.raises(
+            TokenError, match=f"^the library's server at {url} cannot be used: the token"
+        ),
+    ):
+        connect(url)
 
 
 def test_a_trainer_needs_the_public_key_alone(

@@ -44,7 +44,7 @@ from esper.errors import ArtifactIntegrityError, LibraryError
 from esper.trust import TrustedKey, verify_files
 from esper.urza.audit import GENESIS, AuditEntry
 from esper.urza.blobs import checked_digest
-from esper.urza.exchange import Exchange, Params
+from esper.urza.exchange import Exchange, Params, without_password
 from esper.urza.keys import Keys
 from esper.urza.messages import (
     AuditHead,
@@ -108,7 +108,9 @@ class UrzaClient:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"a library's server has an http:// or https:// URL, got {url!r}")
+            raise ValueError(
+                f"a library's server has an http:// or https:// URL, got {without_password(url)!r}"
+            )
         self._keys = Keys(key_path, trusted_key)
         self._exchange = Exchange(
             url,
@@ -132,6 +134,17 @@ class UrzaClient:
     def trusted_key(self) -> TrustedKey:
         """The public key that verdicts must be signed for; LibraryError if none was given."""
         return self._keys.trusted_key
+
+    def reach(self, *, patience_s: float) -> None:
+        """Raise LibraryError, TokenError among them, if the server does not answer us until then.
+
+        The message has its URL.
+        """
+        try:
+            self._run(self._exchange.ask("GET", f"{_API}/audit/head", patience_s=patience_s))
+        except LibraryError as error:
+            where = f"the library's server at {self._exchange.shown_url} cannot be used"
+            raise type(error)(f"{where}: {error}") from error
 
     def close(self) -> None:
         """End the connections. What other threads are asking fails."""

@@ -7,13 +7,16 @@ from esper.errors import LibraryError
 from esper.urza.library import Urza
 from esper.urza.protocol import Library
 
+_PATIENCE_S = 10.0  # enough for a server that is just being started
+
 
 def connect(place: Path | str | None = None, *, create: bool = True) -> Library:
     """Open the library in a folder, or behind the server at an ``http://`` or ``https://`` URL.
 
     Without ``place`` it is behind ``URZA_API_URL``, and without that where ``URZA_URL`` and
     ``URZA_BLOBS`` say. ValueError if nothing says it, LibraryError if it cannot be used. A library
-    that is not there is made, or without ``create`` LibraryError; a server always has one.
+    that is not there is made, or without ``create`` LibraryError; a server always has one, and is
+    waited for, ten seconds at most.
     """
     url = os.environ.get("URZA_API_URL") if place is None else str(place)
     if url is not None and (place is None or url.startswith(("http://", "https://"))):
@@ -28,4 +31,10 @@ def _client(url: str) -> Library:
         raise LibraryError(
             f"a library behind a server needs {error.name}: pip install 'esper-torch[client]'"
         ) from error
-    return UrzaClient(url)
+    client = UrzaClient(url)
+    try:
+        client.reach(patience_s=_PATIENCE_S)
+    except BaseException:
+        client.close()
+        raise
+    return client

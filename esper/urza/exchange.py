@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -37,6 +38,7 @@ class Exchange:
 
     def __init__(self, url: str, token: str | None, *, timeout_s: float, patience_s: float) -> None:
         self._url = url.rstrip("/")
+        self.shown_url = without_password(self._url)
         self._patience_s = patience_s
         self._http = httpx.AsyncClient(
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
@@ -51,13 +53,15 @@ class Exchange:
         params: Params | None = None,
         body: bytes | None = None,
         repeatable: bool = True,
+        patience_s: float | None = None,
     ) -> bytes:
         """Return the body of the answer, or raise the exception that it tells of.
 
         Without an answer a ``repeatable`` request is sent again, with growing pauses; another one
-        only if it cannot have reached the server. LibraryError when the patience is over.
+        only if it cannot have reached the server. LibraryError when the patience, by default the
+        exchange's own, is over.
         """
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         pauses_s = _pauses_s()
         while True:
             try:
@@ -67,7 +71,7 @@ class Exchange:
                 may_repeat = repeatable or isinstance(error, _NEVER_SENT)
                 if not may_repeat or time.monotonic() + pause_s > deadline_s:
                     reason = str(error) or type(error).__name__
-                    raise LibraryError(f"{method} {self._url}{path}: {reason}") from error
+                    raise LibraryError(f"{method} {self.shown_url}{path}: {reason}") from error
                 logger.debug("%s %s is asked again: %r", method, path, error)
             await asyncio.sleep(pause_s)
 
@@ -85,8 +89,16 @@ class Exchange:
             return response.content
         if response.status_code in _GATEWAY_STATUSES and failure_in(response.content) is None:
             raise _GatewayError(f"answered by {response.status_code} {response.reason_phrase}")
-        what = f"{method} {self._url}{path}"
+        what = f"{method} {self.shown_url}{path}"
         raise heard(response.status_code, response.content, what)
+
+
+def without_password(url: str) -> str:
+    """Return the URL for people to see."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return parts._replace(netloc=f"{name}{colon and ':***'}{at}{host}").geturl()
 
 
 def _pauses_s() -> Iterator[float]:
