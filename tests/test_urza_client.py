@@ -231,6 +231,17 @@ def test_a_lease_is_not_ended_twice(
             end()
 
 
+def test_what_may_not_be_repeated_is_not_sent_on_a_connection_that_may_end(
+    library: Urza, proxy_and_client: tuple[Proxy, UrzaClient]
+) -> None:
+    proxy, client = proxy_and_client
+    blueprint_id = submit(library)
+    proxy.hangs_up = True
+    for _ in range(3):
+        assert client.claim_blueprint("worker", 60) == blueprint_id
+        client.release_blueprint(blueprint_id, "worker")
+
+
 def test_an_event_is_rather_told_twice_than_not_at_all(
     library: Urza, proxy_and_client: tuple[Proxy, UrzaClient]
 ) -> None:

@@ -13,7 +13,11 @@ Fault = Callable[[bytes], bytes]
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Spoils as many answers as there are ``faults``, and ends each spoilt connection."""
+    """Spoils as many answers as there are ``faults``, and ends each spoilt connection.
+
+    With ``hangs_up`` it ends a connection that it has kept when the next request comes on it, as a
+    server does whose time to keep it runs out meanwhile.
+    """
 
     daemon_threads = True
 
@@ -21,6 +25,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Connection)
         self.upstream = upstream
         self.faults: deque[Fault] = deque()
+        self.hangs_up = False
         self.requests: list[bytes] = []  # their first lines
 
 
@@ -38,6 +43,9 @@ class _Connection(socketserver.StreamRequestHandler):
                     self.wfile.write(self.server.faults.popleft()(answer))
                     return
                 self.wfile.write(answer)
+                if self.server.hangs_up:
+                    _message(self.rfile)
+                    return
 
 
 def _message(stream: BinaryIO) -> bytes:

@@ -40,9 +40,19 @@ class Exchange:
         self._url = url.rstrip("/")
         self.shown_url = without_password(self._url)
         self._patience_s = patience_s
-        self._http = httpx.AsyncClient(
-            headers={} if token is None else {"Authorization": f"Bearer {token}"},
-            timeout=timeout_s,
+        # What may not be repeated has a connection of its own: one that was kept could be about to be
+        # closed by the server, and then nobody knows whether the request was heard.
+        tls = httpx.create_ssl_context()
+        kept = httpx.Limits(max_connections=100, max_keepalive_connections=20)
+        one_each = httpx.Limits(max_connections=100, max_keepalive_connections=0)
+        self._kept, self._fresh = (
+            httpx.AsyncClient(
+                headers={} if token is None else {"Authorization": f"Bearer {token}"},
+                timeout=timeout_s,
+                limits=limits,
+                verify=tls,
+            )
+            for limits in (kept, one_each)
         )
 
     async def ask(
@@ -63,9 +73,10 @@ class Exchange:
         """
         deadline_s = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         pauses_s = _pauses_s()
+        http = self._kept if repeatable else self._fresh
         while True:
             try:
-                return await self._ask_once(method, path, params, body)
+                return await self._ask_once(http, method, path, params, body)
             except httpx.RequestError as error:
                 pause_s = next(pauses_s)
                 may_repeat = repeatable or isinstance(error, _NEVER_SENT)
@@ -76,13 +87,19 @@ class Exchange:
             await asyncio.sleep(pause_s)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._kept.aclose()
+        await self._fresh.aclose()
 
     async def _ask_once(
-        self, method: str, path: str, params: Params | None, body: bytes | None
+        self,
+        http: httpx.AsyncClient,
+        method: str,
+        path: str,
+        params: Params | None,
+        body: bytes | None,
     ) -> bytes:
         headers = {} if body is None else {"Content-Type": "application/json"}
-        response = await self._http.request(
+        response = await http.request(
             method, f"{self._url}{path}", params=params, content=body, headers=headers
         )
         if response.is_success:
