@@ -28,7 +28,7 @@ class Nvml(ModuleType):
         super().__init__("pynvml")
         self.__spec__ = ModuleSpec("pynvml", None)
         self._counter_mj = counter_mj
-        self._supported = supported
+        self.supported = supported
         self.initialised = False
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -41,7 +41,7 @@ class Nvml(ModuleType):
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
         assert handle == "handle"
-        if not self._supported:
+        if not self.supported:
             raise NVMLError("Not Supported")
         return next(self._counter_mj)
 
@@ -65,6 +65,20 @@ def test_power_and_energy_follow_from_the_counter(install: Any, uuid: str) -> No
     assert ran == [1]
     assert (found.power_w, found.energy_per_sample_mj) == (0.7, 2.0)
     assert set(found.model_dump()) <= set(Measurement.model_fields)
+
+
+def test_a_counter_that_fails_meanwhile_fails_nothing_else(
+    install: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvml = install(Nvml(iter([5_000, 10_000])))
+    meter = energy_meter(UUID)
+    assert meter is not None
+
+    def run() -> None:
+        nvml.supported = False
+
+    assert measure(meter, run, samples=700, now_s=lambda: 1.0) is None
+    assert "the power of the GPU was not measured: Not Supported" in caplog.text
 
 
 def test_none_without_a_gpu_a_counter_or_the_package(

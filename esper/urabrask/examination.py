@@ -233,7 +233,7 @@ class Examination:
         return floor_us(self._device.ceilings, read_bytes, flops)
 
     def _measure_power(self, measured: Measurement, given: Draw) -> dict[str, float]:
-        """Return nothing where there is no GPU, or none whose energy is counted."""
+        """Return nothing where there is no GPU, or none whose energy can be counted."""
         meter = power.energy_meter(self._device.device_uuid)
         if meter is None:
             return {}
@@ -244,7 +244,8 @@ class Examination:
             self._ask("benchmark", question, given.tensors(), Held)
 
         samples = question.rounds * measured.batch_size
-        return power.measure(meter, run, samples, time.monotonic).model_dump()
+        taken = power.measure(meter, run, samples, time.monotonic)
+        return {} if taken is None else taken.model_dump()
 
     def _time(self, question: TimeQuestion, given: Draw) -> tuple[Timed, float]:
         tensors = given.tensors() | _state_tensors(self._perturbed)
