@@ -1,5 +1,7 @@
 """What the evaluator makes of a library's other kernels and of what became of them."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,44 @@ def test_an_outage_while_reading_on_counts_nothing_twice(
         found = chronicle.experience(manifest(name), [])
         assert found == Experience(adaptations=1, failures=1)
     assert len(chronicle.lessons) == 2
+
+
+@pytest.mark.parametrize("damage", [b"{}", None])
+def test_what_cannot_be_read_is_passed_over_and_said_once(
+    urza: Urza, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged, sound = known(urza, "gated"), known(urza, "other")
+    for epoch in (1, 2):
+        ended(urza, damaged, "gated", Outcome.CULLED, epoch)
+    ended(urza, sound, "other", Outcome.CULLED)
+    digest = urza.kernel(damaged).statement.report_digest
+    blob = tmp_path / "blobs" / digest[:2] / digest
+    if damage is None:
+        blob.unlink()
+    else:
+        blob.write_bytes(damage)
+    chronicle = Chronicle(urza)
+    for _ in range(2):
+        chronicle.read_on()
+        assert [peer.report.artifact_id for peer in chronicle.peers(manifest("own"))] == [sound]
+    assert chronicle.experience(manifest("other"), []) == Experience(adaptations=1, failures=1)
+    assert len(chronicle.lessons) == 1
+    [said] = caplog.messages
+    assert said.startswith(f"nothing is learned from kernel {damaged}: ")
+
+
+def test_a_damaged_field_report_does_not_stop_the_evaluator(
+    urza: Urza, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended(urza, known(urza, "gated"), "gated", Outcome.CULLED)
+    chronicle = Chronicle(urza)
+    with closing(sqlite3.connect(tmp_path / "library.sqlite")) as database, database:
+        database.execute("UPDATE field_reports SET contract = '{}'")
+    for _ in range(2):
+        chronicle.read_on()
+    assert chronicle.experience(manifest("gated"), []) == Experience()
+    [said] = caplog.messages
+    assert said.startswith("nothing is learned from the field reports: ")
 
 
 def test_scores_by_other_rules_teach_nothing(urza: Urza) -> None:

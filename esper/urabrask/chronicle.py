@@ -1,5 +1,6 @@
 """What a library knows of other kernels: how they were judged, and what became of them."""
 
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -12,13 +13,18 @@ from esper.contracts import (
     Outcome,
     UrabraskValidationReport,
 )
+from esper.errors import ArtifactError
 from esper.urabrask.learned_risk import Lesson, Traits
 from esper.urabrask.risk import WEIGHTS, Experience
 from esper.urza import Library
 
+logger = logging.getLogger(__name__)
+
 _MOST_PEERS = 200
 _SUCCESS = Outcome.FOSSILIZED
 _NO_OUTCOME = Outcome.CANCELLED  # called off before anything was known
+# What is damaged or gone, and so will be tomorrow; LibraryError is of a library that is away.
+_UNREADABLE = (ArtifactError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,16 @@ class Peer:
 
 
 class Chronicle:
-    """Reads a library, and remembers what does not change. Blocks; one thread at a time."""
+    """Reads a library, and remembers what does not change. Blocks; one thread at a time.
+
+    What is damaged or gone is passed over, with one line in the log.
+    """
 
     def __init__(self, urza: Library) -> None:
         self._urza = urza
         self._reports: dict[str, UrabraskValidationReport] = {}  # by digest, without checks
         self._records: dict[str, KernelRecord] = {}  # of the kernels in field reports
+        self._passed_over: set[str] = set()
         self._field_reports_read = 0
         self._adaptations: Counter[str] = Counter()  # by design
         self._failures: Counter[str] = Counter()
@@ -46,11 +56,14 @@ class Chronicle:
         query = KernelQuery(
             site=manifest.site, dtype=manifest.dtype, device=manifest.device, limit=_MOST_PEERS
         )
-        return [
-            Peer(record.manifest, self._report(record))
-            for record in self._urza.query(query)
-            if record.artifact_id != manifest.artifact_id
-        ]
+        peers = []
+        for record in self._urza.query(query):
+            if record.artifact_id != manifest.artifact_id:
+                try:
+                    peers.append(Peer(record.manifest, self._report(record)))
+                except _UNREADABLE as error:
+                    self._pass_over(f"kernel {record.artifact_id}", error)
+        return peers
 
     def experience(self, manifest: KernelManifest, peers: list[Peer]) -> Experience:
         design = manifest.design.name
@@ -62,10 +75,17 @@ class Chronicle:
 
     def read_on(self) -> None:
         """Take note of the adaptations that have ended meanwhile."""
-        field_reports = self._urza.field_reports()
+        try:
+            field_reports = self._urza.field_reports()
+        except _UNREADABLE as error:
+            self._pass_over("the field reports", error)
+            return
         for field_report in field_reports[self._field_reports_read :]:
             if field_report.outcome is not _NO_OUTCOME:
-                self._note(field_report)
+                try:
+                    self._note(field_report)
+                except _UNREADABLE as error:
+                    self._pass_over(f"kernel {field_report.artifact_id}", error)
             self._field_reports_read += 1
 
     def _note(self, field_report: FieldReport) -> None:
@@ -84,6 +104,11 @@ class Chronicle:
                     failed=failed,
                 )
             )
+
+    def _pass_over(self, what: str, error: Exception) -> None:
+        if what not in self._passed_over:
+            self._passed_over.add(what)
+            logger.warning("nothing is learned from %s: %s", what, error)
 
     def _record(self, artifact_id: str) -> KernelRecord:
         if artifact_id not in self._records:
