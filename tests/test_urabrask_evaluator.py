@@ -348,3 +348,6 @@ async def test_the_forge_hears_of_what_is_unlike_its_peers(urza: Urza, make: Mak
     report = await make().evaluate(artifact_id)
     assert report.urabrask_interest > 0.5
     assert urza.blueprint_record(blueprint_id).urabrask_interest == report.urabrask_interest
+    # Measured anew by one who cannot tell, as it is not steady enough, it stays as unusual.
+    assert (await make(UNSTEADY).evaluate(artifact_id)).urabrask_interest == 0
+    assert urza.blueprint_record(blueprint_id).urabrask_interest == report.urabrask_interest

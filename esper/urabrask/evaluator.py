@@ -132,7 +132,10 @@ class Urabrask:
             artifact_id=report.artifact_id, status=report.status, report_digest=report.digest()
         )
         self._urza.record_report(report, statement, self._urza.evaluator_key.sign(statement))
-        self._urza.set_interest(blueprint_id, "urabrask", report.urabrask_interest)
+        # A blueprint is as unusual as the most unusual of its kernels: one that was rejected, could
+        # not be measured or had no peers on its machine says nothing against the others.
+        if report.urabrask_interest > self._urza.blueprint_record(blueprint_id).urabrask_interest:
+            self._urza.set_interest(blueprint_id, "urabrask", report.urabrask_interest)
 
     async def _ask(
         self, method: str, header: Header, blobs: Mapping[str, bytes]
