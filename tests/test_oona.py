@@ -13,10 +13,13 @@ from esper.contracts import (
     HealthBatch,
     KernelReady,
     OonaMessage,
+    RequestKind,
+    TamiyoStatus,
     Topic,
 )
 from esper.errors import BusError
 from esper.oona import MemoryBus, Oona
+from esper.oona.inquiry import Inquiry
 
 
 def ready(number: int) -> KernelReady:
@@ -128,6 +131,31 @@ async def test_waiting_for_the_bus_to_drain_ends_when_it_is_closed(make_bus: Mak
         await asyncio.wait_for(asyncio.shield(waiting), 0.1)
     bus.close()
     await asyncio.wait_for(waiting, 10)
+
+
+def test_askers_that_are_gone_leave_no_group_behind() -> None:
+    """Else answers to others pile up for them, and in the end the bus refuses one."""
+    bus = MemoryBus(capacity=2)
+    status = TamiyoStatus(
+        paused=False,
+        policy="ManualPolicy",
+        epoch=None,
+        adapting=(),
+        num_adaptations=0,
+        num_parameters=0,
+        flops_per_sample=0,
+        memory_bytes=0,
+    )
+
+    async def ask() -> None:
+        with pytest.raises(TimeoutError):
+            await Inquiry(bus, "http").ask(RequestKind.STATUS, 0.0)
+
+    for _ in range(3):
+        asyncio.run(ask())
+    for _ in range(3):
+        bus.publish(Topic.TAMIYO_STATUS, "tamiyo", status)
+    assert bus.stats()[Topic.TAMIYO_STATUS].waiting == 0
 
 
 def test_telemetry_drops_the_oldest_and_counts_control_refuses() -> None:

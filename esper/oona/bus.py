@@ -51,6 +51,13 @@ class Oona(ABC):
         of one leaves it to the group's next consumer, up to the delivery limit.
         """
 
+    def forget(self, topic: Topic, group: str) -> None:  # noqa: B027 - most have nothing to do
+        """Give up a group that was one consumer's own, after that has ended. Any thread.
+
+        A group that nobody reads for keeps others waiting, and its messages. A transport that
+        forgets such groups by itself need not do anything.
+        """
+
     @abstractmethod
     async def drained(self, topics: Collection[Topic] = tuple(Topic)) -> None:
         """Return once every group has acknowledged all that was published on ``topics``."""

@@ -13,7 +13,7 @@ from esper.oona.bus import Oona
 class Inquiry:
     """Requests to the controller of one run, and its answers. Belongs to one event loop at a time.
 
-    All of them share one consumer group, so that asking often leaves nothing behind on the bus.
+    All of them share one consumer group, which goes with the loop: asking leaves nothing behind.
     """
 
     def __init__(self, bus: Oona, sender_id: str):
@@ -33,6 +33,7 @@ class Inquiry:
             # Not before, since a group that nobody reads for keeps others waiting for it.
             answers = self._bus.subscribe(Topic.TAMIYO_STATUS, self._group)
             self._reading = asyncio.create_task(self._read(answers))
+            self._reading.add_done_callback(self._leave)
         request = TamiyoRequest(kind=kind)
         answer: asyncio.Future[TamiyoStatus] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = answer
@@ -56,3 +57,6 @@ class Inquiry:
             answer = self._waiting.get(status.request_id or "")
             if answer is not None and not answer.done():
                 answer.set_result(status)
+
+    def _leave(self, _: asyncio.Task[None]) -> None:
+        self._bus.forget(Topic.TAMIYO_STATUS, self._group)

@@ -72,6 +72,11 @@ class MemoryBus(Oona):
                 new.unread.extend(m for m in stream.history if new.is_new(m.event_id))
         return self._messages(topic, group)
 
+    def forget(self, topic: Topic, group: str) -> None:
+        with self._lock:
+            self._streams[topic].groups.pop(group, None)
+        self._changes.announce()
+
     async def _messages(self, topic: Topic, group: str) -> AsyncGenerator[OonaMessage, None]:
         while not self._closed:
             with self._changes.watch() as changed:
