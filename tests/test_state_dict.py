@@ -183,6 +183,25 @@ def refused(model: MorphableModel, state: dict[str, Tensor], message: str) -> No
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_seeds_that_run_as_one_go_through_safetensors(tmp_path: Path) -> None:
+    library = MemoryLibrary()
+    model, other = fresh(library), fresh(library)
+    for seed_idx in range(2):
+        assert asyncio.run(model.load_kernel("0", seed_idx, library.add(), alpha=0.375))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 8)
+    expected = model.eval()(x)
+    state = model.state_dict()
+    weights = [state[f"0.esper_seeds.{seed_idx}.kernel.up__weight"] for seed_idx in range(2)]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    with pytest.raises(RuntimeError, match="covering the entire storage"):
+        safetensors.torch.save_model(model, tmp_path / "whole")
+    safetensors.torch.save_file(state, tmp_path / "weights")
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "weights"))
+    assert torch.equal(other.eval()(x), expected)
+
+
 def test_a_fresh_model_needs_a_library() -> None:
     library = MemoryLibrary()
     state = grown(library).state_dict()
