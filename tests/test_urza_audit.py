@@ -241,6 +241,8 @@ def test_the_command_makes_no_library(tmp_path: Path, capsys: pytest.CaptureFixt
     none = tmp_path / "none"
     said = refusal(["audit", "verify", str(none)], capsys)
     assert said == f"esper audit: no library at {none}: it has no library.sqlite"
+    said = refusal(["audit", "head", "://"], capsys)
+    assert said == "esper audit: not the URL of a database: '://'"
     assert refusal(["audit", "head"], capsys) == "esper audit: name a library, or set URZA_URL"
     Urza(tmp_path / "library").close()
     (tmp_path / "head.txt").write_text("../head")

@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import URL, make_url
-
 import esper.command_line as command_line
-import esper.urza.sqlite as sqlite
 from esper.errors import AuditError, EsperError
 from esper.urza.audit import AuditLog
 from esper.urza.blobs import checked_digest
@@ -61,16 +58,9 @@ def _head(log: AuditLog, _: argparse.Namespace) -> None:
 
 @contextmanager
 def _log(library: str) -> Iterator[AuditLog]:
-    database = Database(_existing(library), prepare=False)
+    place = library if "://" in library else sqlite_url(Path(library) / "library.sqlite")
+    database = Database(place, prepare=False, create=False)
     try:
         yield AuditLog(database)
     finally:
         database.close()
-
-
-def _existing(library: str) -> URL:
-    """Return the database's URL; opening a SQLite file that is not there would make it."""
-    url = make_url(library) if "://" in library else sqlite_url(Path(library) / "library.sqlite")
-    if url.get_backend_name() == "sqlite":
-        sqlite.check_exists(url)
-    return url
