@@ -53,5 +53,6 @@ def main(epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("esper").setLevel(logging.INFO)
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
