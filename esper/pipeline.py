@@ -128,7 +128,6 @@ class Pipeline:
         self._synchronous = synchronous
         self._local_workers = local_workers
         self._timeout_s = timeout_s
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="esper-pipeline", daemon=True)
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -164,7 +163,7 @@ class Pipeline:
     def start(self) -> None:
         """Connect the model and start the thread."""
         kasmina = self.model.kasmina
-        if kasmina.emit_lifecycle is not None or self._loop.is_closed():
+        if kasmina.emit_lifecycle is not None or self._started.is_set():
             raise EsperError("a pipeline is started once, and a model has one at a time")
         self.model.connect(self.urza)
         kasmina.deterministic |= self._synchronous
@@ -212,8 +211,6 @@ class Pipeline:
             with contextlib.suppress(RuntimeError):  # the loop is closed: a worker had failed
                 self._loop.call_soon_threadsafe(self._stop)
             self._thread.join(self._timeout_s)
-        elif not self._started.is_set():
-            self._loop.close()
         if self.metrics is not None:
             self.metrics.close()
         if self._owns_library:
@@ -288,7 +285,6 @@ class Pipeline:
         kasmina = self.model.kasmina
         if kasmina.follows:
             kasmina.close()
-            self._loop.close()
         elif kasmina.emit_lifecycle == self._publish_lifecycle:
             kasmina.emit_lifecycle = None
             kasmina.emit_observation = None
@@ -325,24 +321,27 @@ class Pipeline:
     # ------------------------------------------------------------------ the pipeline's thread
 
     def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._main = self._loop.create_task(self._work())
-        try:
-            with contextlib.suppress(asyncio.CancelledError):
-                self._loop.run_until_complete(self._main)
-        except Exception as failure:
-            self._failure = failure
-            self.bus.close()
-            logger.exception("a worker of the pipeline failed; training goes on without it")
-        finally:
-            self._started.set()
-            self._loop.run_until_complete(self._dismiss())
-            self._loop.close()
+        # The runner goes on until everything that is cancelled has come to its end.
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    runner.run(self._work())
+            except Exception as failure:
+                self._failure = failure
+                self.bus.close()
+                logger.exception("a worker of the pipeline failed; training goes on without it")
+            finally:
+                self._started.set()
+                runner.run(self._end_workers())
 
     def _stop(self) -> None:
         self._main.cancel()
 
     async def _work(self) -> None:
+        main = asyncio.current_task()
+        assert main is not None
+        self._main = main
         async with asyncio.TaskGroup() as tasks:
             if self._local_workers:
                 tasks.create_task(self.tezzeret.run())
@@ -360,13 +359,9 @@ class Pipeline:
             await asyncio.sleep(0)  # every task has joined its group before training goes on
             self._started.set()
 
-    async def _dismiss(self) -> None:
+    async def _end_workers(self) -> None:
         await self.tezzeret.close()
         await self.urabrask.close()
-        waiting = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _drained(self) -> None:
         await self._observations.join()
