@@ -31,49 +31,56 @@ from esper.kasmina.model import MorphableModel
 pytestmark = asks_for_gradients
 
 
-def test_a_grown_block_runs_uncompiled_until_the_child_has_compiled_it(
+@pytest.fixture
+def compiled(
     model: MorphableModel,
-    library: MemoryLibrary,
     eager_counter: CompileCounterWithBackend,
     held: HeldCompiler,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> MorphableModel:
+    """A model that has gone two steps since it was compiled."""
     compiled_in_background(model, eager_counter, monkeypatch)
     live(model, 2)
+    return model
+
+
+def test_a_grown_block_runs_uncompiled_until_the_child_has_compiled_it(
+    compiled: MorphableModel,
+    library: MemoryLibrary,
+    eager_counter: CompileCounterWithBackend,
+    held: HeldCompiler,
+) -> None:
     assert eager_counter.frame_count == 1
-    germinate(model, "2.up", 0, library.add())
-    live(model, 2)
-    assert model.kasmina_layers["2.up"].state(0) is SeedState.TRAINING
+    germinate(compiled, "2.up", 0, library.add())
+    live(compiled, 2)
+    assert compiled.kasmina_layers["2.up"].state(0) is SeedState.TRAINING
     assert eager_counter.frame_count == 1
-    assert [r.runs_compiled for r in model.compile_report()] == [True, False, True]
+    assert [r.runs_compiled for r in compiled.compile_report()] == [True, False, True]
     held.finish()
-    live(model, 1)
+    live(compiled, 1)
     assert eager_counter.frame_count == 2
-    assert [r.runs_compiled for r in model.compile_report()] == [True, True, True]
+    assert [r.runs_compiled for r in compiled.compile_report()] == [True, True, True]
 
 
 def test_the_forms_that_a_seed_will_take_are_compiled_while_it_trains(
-    model: MorphableModel,
+    compiled: MorphableModel,
     library: MemoryLibrary,
     eager_counter: CompileCounterWithBackend,
     held: HeldCompiler,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiled_in_background(model, eager_counter, monkeypatch)
-    live(model, 2)
     long = STRATEGY.model_copy(update={"training_steps": 5})
-    model.kasmina_layers["2.up"].request_germination(0, library.add(), long)
-    live(model, 5)
-    assert model.kasmina_layers["2.up"].state(0) is SeedState.TRAINING
+    compiled.kasmina_layers["2.up"].request_germination(0, library.add(), long)
+    live(compiled, 5)
+    assert compiled.kasmina_layers["2.up"].state(0) is SeedState.TRAINING
     assert len(held.jobs) == FORMS
     assert all(len(graphs) == 1 for graphs, _ in held.jobs)
     held.finish()
-    live(model, WHOLE_LIFE)
-    assert model.kasmina_layers["2.up"].state(0) is SeedState.EVALUATING
+    live(compiled, WHOLE_LIFE)
+    assert compiled.kasmina_layers["2.up"].state(0) is SeedState.EVALUATING
     assert len(held.jobs) == FORMS
     assert eager_counter.frame_count == 1 + FORMS
-    germinate(model, "3.up", 0, library.add())
-    live(model, WHOLE_LIFE)
+    germinate(compiled, "3.up", 0, library.add())
+    live(compiled, WHOLE_LIFE)
     assert len(held.jobs) == FORMS
     assert eager_counter.frame_count == 1 + FORMS
 
@@ -100,28 +107,23 @@ def test_a_germination_compiled_ahead_in_the_background_never_runs_uncompiled(
 
 
 def test_evaluation_of_a_grown_block_is_compiled_in_the_background_too(
-    model: MorphableModel,
+    compiled: MorphableModel,
     library: MemoryLibrary,
     eager_counter: CompileCounterWithBackend,
     held: HeldCompiler,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiled_in_background(model, eager_counter, monkeypatch)
-    live(model, 2)
-    germinate(model, "2.up", 0, library.add())
-    live(model, WHOLE_LIFE)
+    germinate(compiled, "2.up", 0, library.add())
+    live(compiled, WHOLE_LIFE)
     held.finish()
-    live(model, 1)
+    live(compiled, 1)
     num_jobs, frames = len(held.jobs), eager_counter.frame_count
     inp = batch()
     with torch.no_grad():
-        outs = [model(inp), model(inp)]
-        assert (len(held.jobs), eager_counter.frame_count) == (
-            num_jobs + 1,
-            frames + 1,
-        )  # and dormant
+        outs = [compiled(inp), compiled(inp)]
+        assert len(held.jobs) == num_jobs + 1
+        assert eager_counter.frame_count == frames + 1  # of the dormant blocks
         held.finish()
-        outs.append(model(inp))
+        outs.append(compiled(inp))
     assert eager_counter.frame_count == frames + 2
     torch.testing.assert_close(outs[0], outs[1])
     torch.testing.assert_close(outs[0], outs[2])
@@ -150,48 +152,42 @@ def test_a_life_in_the_background_is_an_eager_one(
 
 
 def test_what_cannot_be_compiled_in_the_background_runs_uncompiled_until_it_may_catch_up(
-    model: MorphableModel,
+    compiled: MorphableModel,
     library: MemoryLibrary,
     eager_counter: CompileCounterWithBackend,
     held: HeldCompiler,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    compiled_in_background(model, eager_counter, monkeypatch)
-    live(model, 2)
-    assert asyncio.run(model.load_kernel("2.up", 0, library.add(), alpha=0.5))
-    live(model, 2)
+    assert asyncio.run(compiled.load_kernel("2.up", 0, library.add(), alpha=0.5))
+    live(compiled, 2)
     held.finish(WorkerError("no compiler"))
-    live(model, 3)
+    live(compiled, 3)
     assert caplog.text.count("could not be compiled in the background: no compiler") == 1
     assert eager_counter.frame_count == 1
-    catch_up(model)
-    live(model, 1)
+    catch_up(compiled)
+    live(compiled, 1)
     assert eager_counter.frame_count == 2
 
 
 def test_a_variant_that_is_not_found_in_the_cache_is_warned_of(
-    model: MorphableModel,
+    compiled: MorphableModel,
     library: MemoryLibrary,
-    eager_counter: CompileCounterWithBackend,
     held: HeldCompiler,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    compiled_in_background(model, eager_counter, monkeypatch)
-    live(model, 2)
-    assert asyncio.run(model.load_kernel("2.up", 0, library.add(), alpha=0.5))
-    live(model, 1)
+    assert asyncio.run(compiled.load_kernel("2.up", 0, library.add(), alpha=0.5))
+    live(compiled, 1)
     held.finish()
 
     def missed(*args: Any) -> Any:
         counters["inductor"]["fxgraph_cache_miss"] += 1
         return run(*args)
 
-    blocks = model.kasmina.compiled_blocks[1].blocks
+    blocks = compiled.kasmina.compiled_blocks[1].blocks
     run = blocks.run
     monkeypatch.setattr(blocks, "run", missed)
-    live(model, 1)
+    live(compiled, 1)
     assert "block '2': what was compiled in the background was not found" in caplog.text
 
 

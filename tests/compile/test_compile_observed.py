@@ -8,16 +8,23 @@ from kasmina_library import MemoryLibrary
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import esper
+from esper.kasmina.model import MorphableModel
 
 pytestmark = asks_for_gradients
+
+
+def observed(model: MorphableModel) -> list[int]:
+    """Return the list to which each observed step is going to be appended."""
+    steps: list[int] = []
+    model.kasmina.emit_observation = lambda observation: steps.append(observation.step)
+    return steps
 
 
 def test_observed_steps_run_eagerly_and_compile_nothing(
     library: MemoryLibrary, counter: CompileCounterWithBackend
 ) -> None:
     model = wrapped(net(), library, observe_every=3)
-    seen: list[int] = []
-    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    seen = observed(model)
     run = torch.compile(model, backend=counter, fullgraph=True)
     live(model, 12, run)
     assert len(seen) >= 2
@@ -28,8 +35,7 @@ def test_an_evaluation_before_an_observed_step_runs_eagerly_and_compiles_nothing
     library: MemoryLibrary, counter: CompileCounterWithBackend
 ) -> None:
     model = wrapped(net(), library, observe_every=2)
-    seen: list[int] = []
-    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    seen = observed(model)
     run = torch.compile(model, backend=counter, fullgraph=True)
     live(model, 2, run)
     assert model.kasmina.observing
@@ -75,8 +81,7 @@ def test_observed_steps_of_blocks_run_eagerly_and_compile_nothing(
     library: MemoryLibrary, counter: CompileCounterWithBackend
 ) -> None:
     model = wrapped(net(), library, observe_every=3)
-    seen: list[int] = []
-    model.kasmina.emit_observation = lambda observation: seen.append(observation.step)
+    seen = observed(model)
     esper.compile(model, backend=counter, fullgraph=True)
     live(model, 12)
     assert len(seen) >= 2
