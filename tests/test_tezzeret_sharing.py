@@ -358,6 +358,35 @@ async def test_what_waits_need_not_wait_for_a_recompilation(urza: Urza) -> None:
     assert urza.forge_status().compiled == {Pipeline.FAST: 2, Pipeline.AGGRESSIVE: 1}
 
 
+async def test_what_is_announced_while_it_is_compiled_is_compiled_once(
+    urza: Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = MemoryBus()
+    tezzeret = Tezzeret(urza, bus, ForgeSettings(poll_interval_s=0.01))
+    worker = hold(tezzeret)
+    tezzeret._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id="f" * 64))
+    running = asyncio.create_task(tezzeret.run())
+    bus.subscribe(Topic.BLUEPRINT_SUBMITTED, "tezzeret")
+    await bus.drained([Topic.BLUEPRINT_SUBMITTED])  # it has begun
+    blueprint_id = store(urza)
+    await worker.called.wait()  # it was found, not announced
+    looked, status = threading.Event(), urza.blueprint_status
+
+    def look(blueprint_id: str) -> tuple[BlueprintStatus, str]:
+        answer = status(blueprint_id)
+        looked.set()
+        return answer
+
+    monkeypatch.setattr(urza, "blueprint_status", look)
+    tezzeret._announce(Topic.BLUEPRINT_SUBMITTED, BlueprintSubmitted(blueprint_id=blueprint_id))
+    await asyncio.to_thread(looked.wait)
+    worker.gate.set()
+    await bus.drained([Topic.BLUEPRINT_SUBMITTED])
+    assert urza.forge_status().compiled == {Pipeline.FAST: 1}
+    bus.close()
+    await running
+
+
 async def test_an_announcement_of_an_unknown_blueprint_is_passed_over(
     urza: Urza, caplog: pytest.LogCaptureFixture
 ) -> None:

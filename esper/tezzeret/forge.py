@@ -175,15 +175,16 @@ class Tezzeret:
             while await asyncio.to_thread(self._waits, blueprint_id):
                 if not await self._compile_next():
                     return
-            if await asyncio.to_thread(self._is_unfinished, blueprint_id):
-                await self._compile_next(blueprint_id)
+            async with self._turn:  # in which whoever had it before may have finished it
+                if await asyncio.to_thread(self._is_unfinished, blueprint_id):
+                    await self._attempt(blueprint_id, Pipeline.FAST, self._worker)
         except (ArtifactError, *_NO_FAULT_OF_THE_BLUEPRINT) as error:
             logger.warning("blueprint %s was not compiled: %s", blueprint_id, error)
 
-    async def _compile_next(self, blueprint_id: str | None = None) -> bool:
-        """Compile what is wanted most, or a certain one; return False if there is nothing to do."""
+    async def _compile_next(self) -> bool:
+        """Compile what is wanted most; return False if there is nothing to do."""
         async with self._turn:
-            return await self._attempt(blueprint_id, Pipeline.FAST, self._worker)
+            return await self._attempt(None, Pipeline.FAST, self._worker)
 
     async def _recompile_next(self) -> bool:
         """Make the kernel that is most worth making anew, if the machine is idle."""
