@@ -59,6 +59,14 @@ _PATIENCE = 200  # observed steps without the end of an epoch, until a warning
 _ACCOUNTS = (Topic.LIFECYCLE, Topic.EPOCH, Topic.FIELD_REPORTS)
 _SETTLING_TIME_S = 10.0
 
+
+class _Threads(concurrent.futures.ThreadPoolExecutor):
+    """Threads that the end of the loop does not wait for: a library's server may not answer one."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
 Listener = Callable[[OonaMessage], None]
 DesignsFor = Callable[[SiteSignature], Iterable[Design]]
 
@@ -130,6 +138,7 @@ class Pipeline:
         self._timeout_s = timeout_s
         self._thread = threading.Thread(target=self._serve, name="esper-pipeline", daemon=True)
         self._started = threading.Event()
+        self._closed = False
         self._failure: BaseException | None = None
         self._unheard_observations = 0
         self._last_step = model.kasmina.step_count  # at the last end of an epoch
@@ -163,7 +172,7 @@ class Pipeline:
     def start(self) -> None:
         """Connect the model and start the thread."""
         kasmina = self.model.kasmina
-        if kasmina.emit_lifecycle is not None or self._started.is_set():
+        if kasmina.emit_lifecycle is not None or self._started.is_set() or self._closed:
             raise EsperError("a pipeline is started once, and a model has one at a time")
         self.model.connect(self.urza)
         kasmina.deterministic |= self._synchronous
@@ -172,6 +181,7 @@ class Pipeline:
         if self.metrics is not None:
             host, port = self._metrics_address
             self.metrics.serve(host, port or 0)
+        self._loop = asyncio.new_event_loop()
         kasmina.emit_lifecycle = self._publish_lifecycle
         kasmina.emit_observation = self._hand_over_observation
         self._thread.start()
@@ -204,6 +214,7 @@ class Pipeline:
 
         Raises :class:`EsperError` if a worker had failed: training went on without it.
         """
+        self._closed = True
         self._detach()
         if self._thread.is_alive():
             self._settle_accounts()
@@ -322,8 +333,8 @@ class Pipeline:
 
     def _serve(self) -> None:
         # The runner goes on until everything that is cancelled has come to its end.
-        with asyncio.Runner() as runner:
-            self._loop = runner.get_loop()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.get_loop().set_default_executor(_Threads())
             try:
                 with contextlib.suppress(asyncio.CancelledError):
                     runner.run(self._work())

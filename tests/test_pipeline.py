@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,50 @@ def test_a_pipeline_that_was_not_started_says_so(model: MorphableModel, library:
     with pytest.raises(EsperError, match="the pipeline was not started: use it in a `with` block"):
         pipeline.end_epoch(held_out, loss_per_sample, train_loss=1.0)
     pipeline.close()
+
+
+def test_a_pipeline_that_was_closed_is_not_started(model: MorphableModel, library: Urza) -> None:
+    pipeline = Pipeline(model, library, designs=one_design)
+    pipeline.close()
+    with pytest.raises(EsperError, match="a pipeline is started once"):
+        pipeline.start()
+
+
+def test_where_no_loop_can_be_made_start_says_so_and_changes_nothing(
+    model: MorphableModel, library: Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> asyncio.AbstractEventLoop:
+        raise OSError(24, "Too many open files")
+
+    pipeline = Pipeline(model, library, designs=one_design)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            pipeline.start()
+    with pipeline:
+        pass
+
+
+def test_to_close_is_not_to_wait_for_a_library_that_does_not_answer(
+    model: MorphableModel, library: Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def claim_kernel(*_: Any, **__: Any) -> None:
+        asked.set()
+        answer.wait()
+        answered.set()
+
+    monkeypatch.setattr(library, "claim_kernel", claim_kernel)
+    watchdog = threading.Timer(60.0, answer.set)
+    watchdog.start()
+    try:
+        with Pipeline(model, library, designs=one_design):
+            asked.wait()
+        assert not answered.is_set()
+    finally:
+        watchdog.cancel()
+        answer.set()
 
 
 def test_a_loop_that_forgets_the_step_is_told(
