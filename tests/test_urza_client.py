@@ -376,6 +376,20 @@ def test_a_server_that_is_not_there_is_said_at_once_without_its_secrets(
     assert threading.active_count() == threads
 
 
+def test_a_server_that_is_silent_is_not_waited_for_longer_than_one_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(esper.urza.connection, "_PATIENCE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        said = f"^the library's server at {url} cannot be used: GET .*: ReadTimeout$"
+        hang_up = threading.Timer(30.0, server.close)
+        hang_up.start()
+        with pytest.raises(LibraryError, match=said):
+            connect(url)
+        hang_up.cancel()
+
+
 def test_a_token_that_is_not_taken_is_said_at_once(
     library: Urza, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

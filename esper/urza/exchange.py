@@ -39,7 +39,7 @@ class Exchange:
     def __init__(self, url: str, token: str | None, *, timeout_s: float, patience_s: float) -> None:
         self._url = url.rstrip("/")
         self.shown_url = without_password(self._url)
-        self._patience_s = patience_s
+        self._timeout_s, self._patience_s = timeout_s, patience_s
         # What may not be repeated has a connection of its own: one that was kept could be about to be
         # closed by the server, and then nobody knows whether the request was heard.
         tls = httpx.create_ssl_context()
@@ -48,7 +48,6 @@ class Exchange:
         self._kept, self._fresh = (
             httpx.AsyncClient(
                 headers={} if token is None else {"Authorization": f"Bearer {token}"},
-                timeout=timeout_s,
                 limits=limits,
                 verify=tls,
             )
@@ -69,14 +68,17 @@ class Exchange:
 
         Without an answer a ``repeatable`` request is sent again, with growing pauses; another one
         only if it cannot have reached the server. LibraryError when the patience, by default the
-        exchange's own, is over.
+        exchange's own, is over. A patience that is given bounds the wait for an answer as well.
         """
         deadline_s = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         pauses_s = _pauses_s()
         http = self._kept if repeatable else self._fresh
         while True:
+            timeout_s = self._timeout_s
+            if patience_s is not None:
+                timeout_s = min(timeout_s, deadline_s - time.monotonic())
             try:
-                return await self._ask_once(http, method, path, params, body)
+                return await self._ask_once(http, method, path, params, body, timeout_s)
             except httpx.RequestError as error:
                 pause_s = next(pauses_s)
                 may_repeat = repeatable or isinstance(error, _NEVER_SENT)
@@ -97,10 +99,16 @@ class Exchange:
         path: str,
         params: Params | None,
         body: bytes | None,
+        timeout_s: float,
     ) -> bytes:
         headers = {} if body is None else {"Content-Type": "application/json"}
         response = await http.request(
-            method, f"{self._url}{path}", params=params, content=body, headers=headers
+            method,
+            f"{self._url}{path}",
+            params=params,
+            content=body,
+            headers=headers,
+            timeout=timeout_s,
         )
         if response.is_success:
             return response.content
