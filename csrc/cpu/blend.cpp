@@ -416,7 +416,9 @@ std::vector<Tensor> blend_backward(const Tensor& grad, const std::optional<Tenso
     Chunk& chunk = matrix.chunks[i];
     const size_t place = 1 + places.by_start[i];
     if (needed[place]) {
-      grads[place] = chunk.grad_out = empty_in_order(chunk.out, matrix.dim, matrix.order);
+      const bool has_gaps = chunk.out_row_stride != chunk.columns.size();
+      grads[place] = chunk.grad_out = has_gaps ? empty_in_order(chunk.out, matrix.dim, matrix.order)
+                                               : empty_with_strides_of(chunk.out);
     }
   }
   blend_backward_into(gradient, grads[0], matrix, alpha);
