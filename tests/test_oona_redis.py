@@ -19,7 +19,7 @@ from esper.oona import MemoryBus, connect
 from esper.oona.address import parse_address
 from esper.oona.redis import RedisBus
 from esper.oona.spool import Spool, read_spool
-from esper.oona.streams import Taken
+from esper.oona.streams import Streams, Taken
 
 pytestmark = pytest.mark.redis
 
@@ -139,6 +139,32 @@ async def test_namespaces_hear_nothing_of_each_other(
     publish(other, 2)
     assert await take(other.subscribe(Topic.KERNEL_READY, "g"), 1) == [2]
     assert await take(one.subscribe(Topic.KERNEL_READY, "g"), 1) == [1]
+
+
+async def test_a_consumer_that_waits_does_not_have_redis_asked_all_the_time(
+    open_bus: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Topic] = []
+    take_entries = Streams.take
+
+    async def counted(streams: Streams, topic: Topic, group: str, count: int) -> list[Taken]:
+        asked.append(topic)
+        return await take_entries(streams, topic, group, count)
+
+    monkeypatch.setattr(Streams, "take", counted)
+    bus = open_bus(poll_s=PATIENCE_S)
+    idle = bus.subscribe(Topic.BLUEPRINT_SUBMITTED, "idle")
+    waiting = asyncio.create_task(anext(idle))
+    await eventually(lambda: Topic.BLUEPRINT_SUBMITTED in asked)
+    busy = bus.subscribe(Topic.KERNEL_READY, "busy")
+    for each in range(30):  # meanwhile
+        publish(bus, each)
+        assert await take(busy, 1) == [each]
+    assert asked.count(Topic.BLUEPRINT_SUBMITTED) < 10
+    assert not waiting.done()
+    bus.close()
+    with pytest.raises(StopAsyncIteration):
+        await waiting
 
 
 # ------------------------------------------------------------------ several processes

@@ -106,6 +106,7 @@ class Inbox:
     def admit(self, messages: Iterable[tuple[str, OonaMessage]]) -> None:
         """Take in entry ids and messages, but none that is here or was finished here already."""
         with self._lock:
+            num_ready = len(self._ready)
             for entry_id, message in messages:
                 held = self._held.get(message.event_id)
                 if held is not None:
@@ -115,8 +116,10 @@ class Inbox:
                 else:
                     delivery = self._held[message.event_id] = Delivery(message, [entry_id])
                     self._ready.append(delivery)
+            has_news = len(self._ready) > num_ready
             self._shed()
-        self.changes.announce()
+        if has_news:  # else consumers would wake, find nothing, and have Redis asked again at once
+            self.changes.announce()
 
     def give_back_unwanted(self) -> None:
         """Return telemetry that was fetched ahead and that nobody has asked for since."""
