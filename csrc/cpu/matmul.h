@@ -138,8 +138,7 @@ template <typename T>
 void matmul(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>& out,
             const T* bias = nullptr) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-    // From here on BLAS makes up for its call.
-    // One thread of these loops is ahead of MKL's so far; beyond, BLAS has threads and blocking.
+    // Beyond it BLAS makes up for its call, by blocks that fit the caches and by threads.
     constexpr int64_t kMaxProducts = 1 << 20;
     if (a.rows * a.columns * b.columns <= kMaxProducts) {
       Scratch<T> packed;

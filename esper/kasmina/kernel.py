@@ -82,8 +82,8 @@ class Kernel(nn.Module):
     def replica(self) -> "Kernel":
         """Return a kernel with weights and buffers of its own, for one seed. Any thread.
 
-        It has what the artifact says and nothing that was added since, such as hooks; it takes a
-        fourth of the time of a deepcopy, which makes the functions of the program anew.
+        It has what the artifact says and nothing that was added since, such as hooks. A deepcopy
+        would make the functions of the program anew.
         """
         twin = Kernel.__new__(Kernel)
         nn.Module.__init__(twin)

@@ -139,7 +139,7 @@ class KasminaLayer:
         return f"seed {seed_idx} on '{self.name}'"
 
     def state(self, seed_idx: int) -> SeedState:
-        _check_seed(seed_idx, self.num_seeds, self.name)
+        self.check_seed(seed_idx)
         return self.kasmina.bank.state(self.first_seed + seed_idx)
 
     def check_seed(self, seed_idx: int) -> None:

@@ -86,7 +86,7 @@ from esper.urza.schema import (
 )
 from esper.urza.signing import EvaluatorKey
 
-# Made once: to put it together takes half as long as to execute it, and each load does.
+# Made once, since each load executes it.
 _KERNEL = select(kernels).where(kernels.c.artifact_id == bindparam("sought_id"))
 
 _LEGAL_STATUS_CHANGES = {

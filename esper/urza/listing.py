@@ -35,14 +35,7 @@ def as_json(library: Library) -> str:
 
 
 def _blueprints(records: Sequence[BlueprintRecord]) -> Table:
-    table = Table(
-        "blueprint",
-        "design",
-        "site",
-        "status",
-        title=f"{len(records)} blueprints",
-        title_justify="left",
-    )
+    table = _table(f"{len(records)} blueprints", "blueprint", "design", "site", "status")
     for record in records:
         blueprint = record.blueprint
         table.add_row(
@@ -55,9 +48,8 @@ def _blueprints(records: Sequence[BlueprintRecord]) -> Table:
 
 
 def _kernels(records: Sequence[KernelRecord]) -> Table:
-    table = Table(title=f"{len(records)} kernels", title_justify="left")
-    for column in ("kernel", "design", "site", "pipeline", "status", "tags"):
-        table.add_column(column)
+    columns = ("kernel", "design", "site", "pipeline", "status", "tags")
+    table = _table(f"{len(records)} kernels", *columns)
     for column in ("latency", "risk"):
         table.add_column(column, justify="right")
     for record in records:
@@ -73,6 +65,10 @@ def _kernels(records: Sequence[KernelRecord]) -> Table:
             "" if record.risk_score is None else f"{record.risk_score:.2f}",
         )
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left")
 
 
 def _site(site: SiteSignature, dtype: str) -> str:

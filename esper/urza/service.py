@@ -1,7 +1,8 @@
 """``esper urza``: look into a library, serve it, and make the tokens and the key that go with it.
 
-``esper urza list`` shows what it holds; ``esper urza serve FOLDER`` serves on the loopback; ``esper urza token FILE ROLE...`` makes a token
-and prints it, once; ``esper urza key`` prints the public half of the evaluator's key.
+``esper urza list`` shows what it holds; ``esper urza serve FOLDER`` serves on the loopback;
+``esper urza token FILE ROLE...`` makes a token and prints it, once; ``esper urza key`` prints the
+public half of the evaluator's key.
 """
 
 import argparse
