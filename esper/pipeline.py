@@ -33,7 +33,7 @@ from esper.contracts import (
     Topic,
 )
 from esper.errors import EsperError
-from esper.kasmina.health import health_batch
+from esper.kasmina.health import health_batch_beside
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.observation import Observation
@@ -403,7 +403,7 @@ class Pipeline:
     async def _publish_health(self) -> None:
         while True:
             observation = await self._observations.get()
-            batch = await asyncio.to_thread(health_batch, observation)
+            batch = await health_batch_beside(observation)
             self.bus.publish(Topic.SEED_HEALTH, "kasmina", batch)
             self._observations.task_done()
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import esper
 from esper.config import SeedSettings
 from esper.contracts import HealthBatch, HealthSignal, SeedState, Topic
-from esper.kasmina.health import health_batch
+from esper.kasmina.health import health_batch, health_batch_beside
 from esper.kasmina.observation import Observation
 
 
@@ -154,16 +155,42 @@ def test_a_signal_tells_how_old_it_is_and_what_the_gradient_asked() -> None:
         assert signal.gradient_energy == pytest.approx(1.0)  # of a sum
 
 
-async def test_ten_thousand_seeds_are_told_of_in_one_message(make_bus: MakeBus) -> None:
-    net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(100)))
-    model = esper.wrap(net, settings=SeedSettings(seeds_per_layer=100, observe_every=2))
+def observation_of(
+    layers: list[nn.Linear], inp: Tensor, *, seeds_per_layer: int = 4
+) -> Observation:
+    settings = SeedSettings(seeds_per_layer=seeds_per_layer, observe_every=2)
+    model = esper.wrap(nn.Sequential(*layers), settings=settings)
     observations: list[Observation] = []
     model.kasmina.emit_observation = observations.append
     for _ in range(4):
-        model(torch.randn(2, 100)).sum().backward()
+        model(inp).sum().backward()
         model.step()
+    return observations[0]
+
+
+@pytest.mark.parametrize(("num_layers", "beside"), [(2, False), (100, True)])
+async def test_many_signals_are_made_in_a_thread_and_few_in_the_loop(
+    num_layers: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observation = observation_of([nn.Linear(4, 4) for _ in range(num_layers)], torch.randn(2, 4))
+    threads: list[threading.Thread] = []
+    make = esper.kasmina.health.health_batch
+
+    def noted(observation: Observation) -> HealthBatch:
+        threads.append(threading.current_thread())
+        return make(observation)
+
+    monkeypatch.setattr(esper.kasmina.health, "health_batch", noted)
+    batch = await health_batch_beside(observation)
+    assert batch == make(observation)
+    assert [thread is not threading.current_thread() for thread in threads] == [beside]
+
+
+async def test_ten_thousand_seeds_are_told_of_in_one_message(make_bus: MakeBus) -> None:
+    layers = [nn.Linear(100, 100) for _ in range(100)]
+    observation = observation_of(layers, torch.randn(2, 100), seeds_per_layer=100)
     bus = make_bus()
-    bus.publish(Topic.SEED_HEALTH, "kasmina", health_batch(observations[0]))
+    bus.publish(Topic.SEED_HEALTH, "kasmina", health_batch(observation))
     message = await anext(bus.subscribe(Topic.SEED_HEALTH, "tamiyo"))
     assert isinstance(message.payload, HealthBatch)
     seen = {signal.seed_id for signal in message.payload.signals}

@@ -29,7 +29,7 @@ from benchmarks.redis_server import NO_REDIS, redis_program, redis_url
 from benchmarks.rows import Finding
 from esper.config import BusSettings, SeedSettings
 from esper.contracts import HealthBatch, OonaMessage, Topic
-from esper.kasmina.health import health_batch
+from esper.kasmina.health import health_batch, health_batch_beside
 from esper.kasmina.observation import Observation
 from esper.oona import MemoryBus, Oona
 from esper.oona.redis import RedisBus
@@ -83,7 +83,7 @@ class Way:
     async def _publish(self) -> None:
         while True:
             observation = await self._observations.get()
-            self.publish(await asyncio.to_thread(health_batch, observation))
+            self.publish(await health_batch_beside(observation))
 
     async def _follow(self) -> None:
         message: OonaMessage

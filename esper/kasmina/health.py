@@ -11,12 +11,15 @@ slope = 1 - saturation. All terms lie in [0, 1]; the last is left out where ther
 unobserved chunk scores 1.
 """
 
+import asyncio
+
 from esper.contracts import HealthBatch, HealthSignal, SeedState
 from esper.kasmina.lifecycle import ACTIVE
 from esper.kasmina.observation import LayerObservation, Observation
 
 _COLLAPSE = 1e-6  # relative variance at which an output counts as half collapsed
 _FLAT = 0.05  # mean slope, over the steepest, at which an activation counts as half saturated
+_SMALL = 256  # seeds whose signals are made in about a millisecond
 
 
 def health_batch(observation: Observation) -> HealthBatch:
@@ -29,6 +32,16 @@ def health_batch(observation: Observation) -> HealthBatch:
             for seed_idx in range(layer.num_seeds)
         )
     )
+
+
+async def health_batch_beside(observation: Observation) -> HealthBatch:
+    """As :func:`health_batch`; many signals are made in a thread, for the running loop to go on.
+
+    For few of them the way to the thread and back would be the longer part.
+    """
+    if sum(layer.num_seeds for layer, _ in observation.watched) <= _SMALL:
+        return health_batch(observation)
+    return await asyncio.to_thread(health_batch, observation)
 
 
 def _signal(

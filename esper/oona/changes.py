@@ -69,11 +69,13 @@ class Signal:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout_s: float) -> None:
-        """Return when it is set, or after ``timeout_s``, and clear it. On its loop."""
+    async def wait(self, timeout_s: float) -> bool:
+        """Return whether it was set within ``timeout_s``, and clear it. On its loop."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._event.wait()
+        was_set = self._event.is_set()
         # In this order: a thread that finds it set has left its work before we look for it.
         self._is_set = False
         self._event.clear()
+        return was_set

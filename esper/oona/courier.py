@@ -37,8 +37,9 @@ class _Outage:
 class Courier:
     """The one task that sends, so that every topic keeps its order. Belongs to one event loop.
 
-    ``place`` is what Redis is called in log lines; ``on_sent`` is called when something was sent.
-    ``is_taking`` says whether what is to be received can be: an outage lasts until it is so.
+    ``place`` is what Redis is called in log lines. ``on_sending`` is called when something goes to a
+    topic, ``on_sent`` when Redis has it. ``is_taking`` says whether what is to be received can be:
+    an outage lasts until it is so.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Courier:
         *,
         mail: Signal,
         place: str,
+        on_sending: Callable[[Topic], None],
         on_sent: Callable[[], None],
         is_taking: Callable[[], bool],
     ):
@@ -59,6 +61,7 @@ class Courier:
         self._settings = settings
         self._mail = mail
         self._place = place
+        self._on_sending = on_sending
         self._on_sent = on_sent
         self._is_taking = is_taking
         self._outage: _Outage | None = None
@@ -151,6 +154,7 @@ class Courier:
     async def _deliver_control(self, topic: Topic) -> None:
         while letters := self._outbox.unsent(topic, _BATCH_MESSAGES):
             for batch, messages in _batches(letters):
+                self._on_sending(topic)
                 entry_ids = await self._streams.append(topic, messages, self._outbox.span(topic))
                 if entry_ids is None:
                     self._send_again(topic)
@@ -162,6 +166,7 @@ class Courier:
         while letters := self._outbox.unsent(topic, _BATCH_MESSAGES):
             try:
                 for batch, messages in _batches(letters):
+                    self._on_sending(topic)
                     await self._streams.append(topic, messages, trim_to=self._trim_to(messages))
                     del letters[: len(batch)]
             except UNREACHABLE:

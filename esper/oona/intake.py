@@ -12,9 +12,11 @@ from esper.contracts import OonaMessage
 from esper.oona.courier import FIRST_PAUSE_S, UNREACHABLE
 from esper.oona.inbox import Inbox, Settlement
 from esper.oona.outbox import Outbox
-from esper.oona.streams import Streams, Taken
+from esper.oona.streams import EntryId, Streams, Taken, entry_id_of
 
 logger = logging.getLogger(__name__)
+
+_NONE: EntryId = (0, 0)
 
 
 class Intake:
@@ -44,6 +46,8 @@ class Intake:
         self._settings = settings
         self._on_trouble = on_trouble
         self._on_settled = on_settled
+        self._has_news = True  # whether there may be something that was not read
+        self._read_to: EntryId = _NONE
         self._is_unsure = True  # whether Redis gave us something that never arrived
         self._renewed_s = time.monotonic()
 
@@ -56,12 +60,19 @@ class Intake:
                 pause_s = FIRST_PAUSE_S
                 self.in_trouble = False
             except UNREACHABLE as error:
-                self._is_unsure = self.in_trouble = True
+                self._is_unsure = self._has_news = self.in_trouble = True
                 self._on_trouble(error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, self._settings.poll_s)
             else:
-                await self.inbox.stirred.wait(self._settings.poll_s)
+                if not await self.inbox.stirred.wait(self._settings.poll_s):
+                    self._has_news = True  # for all we know
+
+    def ring(self, entry_id: str = "") -> None:
+        """There is news on the topic: an entry, if it is named, that may have been read since."""
+        if not entry_id or entry_id_of(entry_id) > self._read_to:
+            self._has_news = True
+            self.inbox.stirred.set()
 
     async def settle(self) -> None:
         """Tell Redis what was finished or left, as far as the outbox allows."""
@@ -82,12 +93,12 @@ class Intake:
             await self._make_sure()
         await self._renew_if_due()
         await self.settle()
-        while count := self.inbox.appetite():
+        while self._has_news and (count := self.inbox.appetite()):
+            self._has_news = False  # before Redis is asked: what comes meanwhile rings again
             taken = await self._streams.take(self.inbox.topic, self.inbox.group, count)
             self._admit(taken)
+            self._has_news |= len(taken) == count
             await self.settle()
-            if not taken:
-                return
 
     async def _make_sure(self) -> None:
         """Join the group, and return what a lost answer held."""
@@ -96,6 +107,7 @@ class Intake:
         owned = await self._streams.owned(self.inbox.topic, self.inbox.group)
         lost = [Settlement("return", entry_id) for entry_id in owned if entry_id not in known]
         self.inbox.add_settlements(lost)
+        self._read_to = _NONE  # a stream that was lost may begin anew
         self._is_unsure = False
 
     async def _renew_if_due(self) -> None:
@@ -112,6 +124,7 @@ class Intake:
     def _admit(self, taken: list[Taken]) -> None:
         wanted = []
         for entry in taken:
+            self._read_to = max(self._read_to, entry_id_of(entry.entry_id))
             message = self._message(entry)
             if message is None:
                 self.buried += 1

@@ -213,6 +213,7 @@ class RedisBus(Oona):
             settings,
             mail=self._mail,
             place=self._address.shown,
+            on_sending=self._ring,
             on_sent=self._stir_those_who_wait,
             is_taking=lambda: not any(intake.in_trouble for intake in self._intakes),
         )
@@ -238,22 +239,33 @@ class RedisBus(Oona):
         self._intakes[intake] = self._tasks.create_task(intake.run())
 
     async def _listen(self, client: Redis) -> None:
-        """Stir the inboxes of a topic when Redis has news on it; without news they look by themselves."""
+        """Tell intakes when Redis has news on their topic; without news they look by themselves."""
         while True:
             with contextlib.suppress(*UNREACHABLE):
                 async with client.pubsub(ignore_subscribe_messages=True) as bell:
                     await bell.subscribe(self._streams.bell)
-                    self._stir(None)
+                    for intake in self._intakes:
+                        intake.ring()
                     while True:
                         news = await bell.get_message(timeout=self._settings.poll_s)
                         if news is not None:
-                            self._stir(news["data"].decode())
+                            self._hear(news["data"].decode())
             await asyncio.sleep(self._settings.poll_s)
 
-    def _stir(self, topic: str | None) -> None:
-        for inbox in self._every_inbox():
-            if topic is None or inbox.topic == topic:
-                inbox.stirred.set()
+    def _ring(self, topic: Topic) -> None:
+        """Let this process ask at once, on another connection, for what it is about to send.
+
+        Most often that is just after Redis has got it; where it is too early, the bell rings again.
+        """
+        for intake in self._intakes:
+            if intake.inbox.topic is topic:
+                intake.ring()
+
+    def _hear(self, news: str) -> None:
+        topic, _, entry_id = news.partition(" ")
+        for intake in self._intakes:
+            if intake.inbox.topic == topic:
+                intake.ring(entry_id)
 
     def _stir_those_who_wait(self) -> None:
         for inbox in self._every_inbox():

@@ -1,4 +1,4 @@
--- Appends messages to a stream unless it has seen their event ids, and rings the bell.
+-- Appends messages to a stream unless it has seen their event ids, and rings the bell: 'TOPIC ID'.
 -- KEYS: stream, seen
 -- ARGV: bell, topic, length to trim to (0: none), event ids to remember,
 --       ids of the sender's oldest and newest entries that must still be there (or ''),
@@ -34,5 +34,5 @@ for i = 7, #ARGV, 2 do
   ids[#ids + 1] = known and last_id() or append(ARGV[i], ARGV[i + 1])
 end
 redis.call('ZREMRANGEBYRANK', seen, 0, -ARGV[4] - 1)
-redis.call('PUBLISH', ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[1], ARGV[2] .. ' ' .. ids[#ids])
 return ids

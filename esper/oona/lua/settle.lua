@@ -1,4 +1,5 @@
 -- Settles what a consumer has taken. All but 'ack' touch only what is still its own.
+-- Rings the bell, 'TOPIC', for what others may take again.
 -- KEYS: stream, dead letters
 -- ARGV: bell, topic, group, consumer, lease in ms, dead letters to keep, then verb and id in turns:
 --   ack      it is done
